@@ -1,0 +1,67 @@
+"""Convert Mixture-of-Experts checkpoints to quantized ones, file by file, without loading them.
+
+>>> import moe_ckpt
+>>> result = moe_ckpt.convert("in", "out", stats=["stats.json"])  # doctest: +SKIP
+
+Importing this package imports no torch; `convert` does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    CheckpointError,
+    EnvironmentFaultError,
+    FormatError,
+    InputError,
+    InterruptedConversionError,
+    LayoutError,
+    MoeCkptError,
+    OutputRefusedError,
+    StatsError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from .conversion import Result, convert
+    from .plan import Plan
+    from .planner import make_plan
+    from .report import inspect
+
+__all__ = [
+    "CheckpointError",
+    "EnvironmentFaultError",
+    "FormatError",
+    "InputError",
+    "InterruptedConversionError",
+    "LayoutError",
+    "MoeCkptError",
+    "OutputRefusedError",
+    "Plan",
+    "Result",
+    "StatsError",
+    "UsageError",
+    "__version__",
+    "convert",
+    "inspect",
+    "make_plan",
+]
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Plan": "plan",
+    "Result": "conversion",
+    "convert": "conversion",
+    "inspect": "report",
+    "make_plan": "planner",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

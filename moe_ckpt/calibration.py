@@ -1,0 +1,141 @@
+"""Which activation amax each quantized module gets from the statistics.
+
+The rules are ModelOpt's: all experts of a layer share one input amax for each projection, the
+largest of any expert; gate and up share it, and so do linear layers that read the same input.
+An expert that no token reached therefore gets its layer's value, and is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from .checkpoint import TensorInfo
+from .errors import Problems, StatsError, show, show_some
+from .layouts import Detection, Experts
+from .modules import module_of
+from .stats import Amax, Stats, largest
+
+__all__ = ["Calibration"]
+
+
+class Calibration:
+    """Looks modules up in statistics, and keeps account of what was missing.
+
+    ``missing_is_constant``: a module without statistics gets the constant scale, not an error.
+    """
+
+    def __init__(self, stats: Stats, detection: Detection, missing_is_constant: bool) -> None:
+        self.stats = stats
+        self.detection = detection
+        self.missing_is_constant = missing_is_constant
+        self.covered = 0
+        self.constant: list[str] = []
+        self._unreached: list[tuple[str, int]] = []
+        self._known: set[str] = set()
+
+    def experts_amax(
+        self, experts: Experts, projections: tuple[str, ...], problems: Problems
+    ) -> float | None:
+        """The input amax of ``projections`` (gate and up, or down) in all experts of a layer.
+
+        None asks for the constant scale.
+        """
+        E = experts.num_experts
+        known: list[float | None] = [None] * E
+        for name in self._fused_names(experts, is_down=len(projections) == 1):
+            amax = self._find(name)
+            if isinstance(amax, tuple):
+                if len(amax) != E:
+                    problems.add(
+                        StatsError,
+                        f"{self.stats.paths[name]}: has {len(amax)} entries, the layer has {E} "
+                        "experts; use statistics of this model",
+                    )
+                    return None
+                known = [largest(pair) for pair in zip(known, amax, strict=True)]
+            else:
+                known = [largest((value, amax)) for value in known]
+        for expert in range(E):
+            for prefix in {experts.output, experts.source}:
+                for projection in projections:
+                    amax = self._find_number(f"{prefix}.{expert}.{projection}", problems)
+                    known[expert] = largest((known[expert], amax))
+        found = largest(known)
+        label = f"{experts.output}.*.{'/'.join(projections)}"
+        if found is None:
+            self._missing(label, problems)
+        else:
+            self.covered += E * len(projections)
+            if None in known:
+                self._unreached.append((label, known.count(None)))
+        return found
+
+    def linears_amax(self, names: Iterable[tuple[str, str]], problems: Problems) -> float | None:
+        """The input amax of linear layers that share it, each given as (source, output) name."""
+        values = []
+        outputs = []
+        for source, output in names:
+            outputs.append(output)
+            values += [self._find_number(name, problems) for name in {source, output}]
+        found = largest(values)
+        if found is None:
+            self._missing(", ".join(outputs), problems)
+        else:
+            self.covered += len(outputs)
+        return found
+
+    def warnings(self, tensors: Mapping[str, TensorInfo]) -> list[str]:
+        """What the user should know about the statistics."""
+        found = []
+        if self._unreached:
+            count = sum(number for _, number in self._unreached)
+            found.append(
+                f"{count} expert projections in {len(self._unreached)} places saw no tokens in "
+                f"calibration and got their layer's largest input amax (first: "
+                f"{show(self._unreached[0][0])}); calibrate with more data"
+            )
+        if self.constant:
+            found.append(
+                f"{len(self.constant)} places have no statistics and got input scale 1.0: "
+                f"{show_some(self.constant)}"
+            )
+        known = self._known | {module_of(name) for name in tensors} | set(tensors)
+        unknown = [path for name, path in self.stats.paths.items() if name not in known]
+        if unknown:
+            found.append(
+                f"statistics of modules that this model does not have were ignored: "
+                f"{show_some(unknown)}"
+            )
+        return found
+
+    def _fused_names(self, experts: Experts, *, is_down: bool) -> set[str]:
+        """What the layer's stacked projection may be called, in this file or in transformers."""
+        names = {
+            f"{experts.layer}.{path}.{(down if is_down else gate_up).removesuffix('.weight')}"
+            for path, gate_up, down in self.detection.family.fused
+        }
+        return names | {f"{experts.output}.{'down_proj' if is_down else 'gate_up_proj'}"}
+
+    def _find(self, name: str) -> Amax:
+        self._known.add(name)
+        return self.stats.input_amax.get(name)
+
+    def _find_number(self, name: str, problems: Problems) -> float | None:
+        amax = self._find(name)
+        if isinstance(amax, tuple):
+            problems.add(
+                StatsError,
+                f"{self.stats.paths[name]}: is a list; one matrix has one number",
+            )
+            return None
+        return amax
+
+    def _missing(self, label: str, problems: Problems) -> None:
+        if self.missing_is_constant:
+            self.constant.append(label)
+        else:
+            problems.add(
+                StatsError,
+                f"{show(label)}: has no input amax in the statistics; calibrate with more data, or "
+                "pass --missing-stats constant for input scale 1.0",
+            )

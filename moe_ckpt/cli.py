@@ -1,0 +1,250 @@
+"""The command line: parse, call, print. Documents go to stdout, messages to stderr."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from . import __version__
+from .errors import InterruptedConversionError, MoeCkptError, show
+
+if TYPE_CHECKING:
+    from .conversion import Result
+    from .plan import OutShard, Plan
+
+_SHOWN_PROBLEMS = 20
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="moe-ckpt")
+def cli() -> None:
+    """Quantize Mixture-of-Experts checkpoints file by file, without loading the model."""
+
+
+@cli.command()
+@click.argument("in_dir", metavar="IN")
+@click.argument("out_dir", metavar="OUT")
+@click.option(
+    "--stats",
+    multiple=True,
+    metavar="FILE",
+    help="Activation statistics; may be given more than once, the maximum counts.",
+)
+@click.option(
+    "--format",
+    "format_",
+    default="nvfp4",
+    show_default=True,
+    help="nvfp4, nvfp4-w4a16 or fp8-tensor.",
+)
+@click.option(
+    "--quantize",
+    default="experts",
+    show_default=True,
+    help="experts: routed experts only; linear: every linear layer.",
+)
+@click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; same bytes."
+)
+@click.option(
+    "--max-shard-size", default="5GB", show_default=True, help="Tensors in one output file."
+)
+@click.option(
+    "--missing-stats",
+    default="error",
+    show_default=True,
+    help="error, or constant: input scale 1.0 where statistics are missing.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier conversion in OUT.")
+@click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
+@_json_option
+@click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
+@click.option("-v", "--verbose", is_flag=True, help="Print the plan before converting.")
+def convert(
+    in_dir: str,
+    out_dir: str,
+    stats: tuple[str, ...],
+    format_: str,
+    quantize: str,
+    device: str,
+    max_shard_size: str,
+    missing_stats: str,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Convert the checkpoint folder IN to a quantized one in the new folder OUT."""
+    from pathlib import Path
+
+    from .planner import make_plan
+    from .report import plan_document, plan_lines
+    from .writer import check_out_dir
+
+    check_out_dir(Path(in_dir), Path(out_dir), overwrite=overwrite)
+    plan = make_plan(
+        in_dir,
+        stats=stats,
+        format=format_,
+        quantize=quantize,
+        max_shard_size=max_shard_size,
+        missing_stats=missing_stats,
+    )
+    if not quiet and (verbose or dry_run):
+        _say(plan_lines(plan))
+    _say_notes(plan, quiet)
+    if dry_run:
+        if as_json:
+            _print_json(plan_document(plan))
+        return
+    from .conversion import execute, pick_device
+
+    chosen = pick_device(device)
+    with _Progress(plan, quiet) as report:
+        result = execute(plan, out_dir, device=chosen, overwrite=overwrite, progress=report)
+    if not quiet:
+        _say(_result_lines(result))
+    if as_json:
+        done = {"out_dir": str(result.out_dir), "device": result.device, "seconds": result.seconds}
+        _print_json(plan_document(plan) | {"result": done})
+
+
+@cli.command()
+@click.argument("in_dir", metavar="IN")
+@_json_option
+def inspect(in_dir: str, as_json: bool) -> None:
+    """Show what is in the checkpoint folder IN, and what a default conversion would do."""
+    from .planner import make_plan
+    from .report import plan_document, plan_lines
+
+    plan = make_plan(in_dir)
+    if as_json:
+        _print_json(plan_document(plan))
+    else:
+        _say(plan_lines(plan))
+    _say_notes(plan, quiet=as_json)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with the code that the error tree documents."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(_run(cli))
+
+
+def _run(command: Callable[..., Any]) -> int:
+    try:
+        command(standalone_mode=False)
+        return 0
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        return _fail(InterruptedConversionError())
+    except MoeCkptError as error:
+        return _fail(error)
+    except BrokenPipeError:
+        with suppress(OSError):
+            sys.stdout.close()
+        return 5
+    except Exception:  # noqa: BLE001  any other exception is a bug to report
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="moe-ckpt-", suffix=".log", delete=False
+        ) as log:
+            log.write(traceback.format_exc())
+        _error(f"this is a bug in moe-ckpt; please report it with the log {log.name}")
+        return 1
+
+
+def _fail(error: MoeCkptError) -> int:
+    for problem in error.problems[:_SHOWN_PROBLEMS]:
+        _error(problem)
+    rest = len(error.problems) - _SHOWN_PROBLEMS
+    if rest > 0:
+        _error(f"and {rest} more problems of this kind")
+    return error.exit_code
+
+
+def _terminate(signum: int, _frame: FrameType | None) -> NoReturn:
+    raise InterruptedConversionError(128 + signum)
+
+
+def _error(message: str) -> None:
+    click.echo(f"moe-ckpt: error: {message}", err=True)
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        click.echo(line, err=True)
+
+
+def _say_notes(plan: Plan, quiet: bool) -> None:
+    if not quiet:
+        _say(f"moe-ckpt: note: {note}" for note in plan.notes)
+    _say(f"moe-ckpt: warning: {warning}" for warning in plan.warnings)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+class _Progress:
+    """A bar in bytes on a terminal, a line for each shard elsewhere."""
+
+    def __init__(self, plan: Plan, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        terminal = sys.stderr.isatty()
+        self._lines = not terminal and not quiet
+        self._shards = len(plan.shards)
+        self._bar = tqdm(
+            total=plan.read_nbytes,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1000,
+            desc="converting",
+            disable=quiet or not terminal,
+        )
+
+    def __enter__(self) -> Callable[[int, OutShard | None], None]:
+        return self._report
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def _report(self, nbytes: int, shard: OutShard | None) -> None:
+        self._bar.update(nbytes)
+        if shard is not None and self._lines:
+            from .report import size
+
+            _say([f"wrote {shard.name} of {self._shards}, {size(shard.nbytes)}"])
+
+
+def _result_lines(result: Result) -> Iterable[str]:
+    from .report import size
+
+    plan = result.plan
+    yield (
+        f"{plan.quantized_matrices:,} matrices quantized to {plan.format}, "
+        f"{sum(count for count, _ in plan.kept.values()):,} tensors copied; "
+        f"{size(plan.source_nbytes)} -> {size(plan.tensors_nbytes)} in {len(plan.shards)} shards"
+    )
+    yield (
+        f"{result.seconds:.1f} s on {result.device}, "
+        f"{size(plan.read_nbytes / max(result.seconds, 1e-9))}/s; "
+        f"{len(plan.warnings)} warnings"
+    )
+    yield f"written to {show(result.out_dir)}"

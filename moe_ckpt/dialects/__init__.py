@@ -1,0 +1,9 @@
+"""Dialects: how a quantized checkpoint is spelled, in tensor names and config files.
+
+A dialect turns the roles of a format's parts into tensor suffixes, and the choice of what is
+quantized into configuration. It knows no weights.
+"""
+
+from .modelopt import config_files, suffix_of
+
+__all__ = ["config_files", "suffix_of"]

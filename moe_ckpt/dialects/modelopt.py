@@ -1,0 +1,95 @@
+"""ModelOpt's dialect: what vLLM, SGLang and TensorRT-LLM read as ``quant_method: modelopt``.
+
+    format       role          tensor
+    nvfp4*       qweight       weight          uint8, two codes in a byte
+                 block_scale   weight_scale    e4m3
+                 global_scale  weight_scale_2  float32, 0-d
+                 input_scale   input_scale     float32, 0-d
+    fp8-tensor   qweight       weight          e4m3
+                 global_scale  weight_scale    float32, 0-d
+                 input_scale   input_scale     float32, 0-d
+
+vLLM and SGLang take the configuration from config.json, TensorRT-LLM from
+hf_quant_config.json: both are made from one value, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["config_files", "suffix_of"]
+
+# Consumers look for the producer "modelopt"; the version is the one whose files these equal.
+_PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+
+_NVFP4 = {
+    "qweight": "weight",
+    "block_scale": "weight_scale",
+    "global_scale": "weight_scale_2",
+    "input_scale": "input_scale",
+}
+_SUFFIXES: Mapping[str, Mapping[str, str]] = {
+    "nvfp4": _NVFP4,
+    "nvfp4-w4a16": _NVFP4,
+    "fp8-tensor": {
+        "qweight": "weight",
+        "global_scale": "weight_scale",
+        "input_scale": "input_scale",
+    },
+}
+_NVFP4_NUMBER: Mapping[str, Any] = {
+    "dynamic": False,
+    "num_bits": 4,
+    "type": "float",
+    "group_size": 16,
+}
+_FP8_NUMBER: Mapping[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
+
+# format -> (quant_algo, activations or None, weights)
+_ALGOS: Mapping[str, tuple[str, Mapping[str, Any] | None, Mapping[str, Any]]] = {
+    "nvfp4": ("NVFP4", _NVFP4_NUMBER, _NVFP4_NUMBER),
+    "nvfp4-w4a16": ("W4A16_NVFP4", None, _NVFP4_NUMBER),
+    "fp8-tensor": ("FP8", _FP8_NUMBER, _FP8_NUMBER),
+}
+
+
+def suffix_of(format_name: str, role: str) -> str:
+    """The last component of the tensor that holds a part."""
+    return _SUFFIXES[format_name][role]
+
+
+def config_files(
+    config: Mapping[str, Any], format_name: str, exclude: Sequence[str]
+) -> dict[str, str]:
+    """The text of config.json and hf_quant_config.json.
+
+    Args:
+        config: the source's config; its keys and their order are kept.
+        format_name: a key of the table above.
+        exclude: modules that are not quantized, as names or patterns.
+    """
+    algo, activations, weights = _ALGOS[format_name]
+    group: dict[str, Any] = {} if activations is None else {"input_activations": activations}
+    group |= {"weights": weights, "targets": ["Linear"]}
+    quantization_config = {
+        "config_groups": {"group_0": group},
+        "ignore": list(exclude),
+        "quant_algo": algo,
+        "producer": _PRODUCER,
+        "quant_method": "modelopt",
+    }
+    quantization: dict[str, Any] = {"quant_algo": algo, "kv_cache_quant_algo": None}
+    if "group_size" in weights:
+        quantization["group_size"] = weights["group_size"]
+    quantization["exclude_modules"] = list(exclude)
+    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    return {
+        "hf_quant_config.json": _text({"producer": _PRODUCER, "quantization": quantization}),
+        "config.json": _text(kept | {"quantization_config": quantization_config}),
+    }
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

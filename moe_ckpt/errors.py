@@ -1,0 +1,147 @@
+"""The errors a caller can meet, and the exit code each one means on the command line.
+
+    MoeCkptError                      1   a bug of ours, if raised bare
+    +-- UsageError                    2   options that contradict each other
+    +-- InputError                    3   a bad or unsupported checkpoint, config or stats file
+    |   +-- CheckpointError               files that are not what their headers or index say
+    |   +-- LayoutError                   experts stored in a way that cannot be converted
+    |   +-- FormatError                   sizes that the number format cannot hold
+    |   +-- StatsError                    the activation statistics file
+    +-- OutputRefusedError            4   the output folder is not ours to write
+    +-- EnvironmentFaultError         5   disk, memory, I/O or GPU: fix it and run again
+    +-- InterruptedConversionError    130, or 143 after SIGTERM
+
+An error holds one line per problem. Checks that run before anything is written report every
+problem they find, so one run is enough to see them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "EnvironmentFaultError",
+    "FormatError",
+    "InputError",
+    "InterruptedConversionError",
+    "LayoutError",
+    "MoeCkptError",
+    "OutputRefusedError",
+    "StatsError",
+    "UsageError",
+    "show",
+]
+
+_SHOWN_LENGTH = 200
+
+
+class MoeCkptError(Exception):
+    """Base of all errors raised on purpose; ``problems`` holds one line for each."""
+
+    exit_code = 1
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems: tuple[str, ...] = problems
+
+
+class UsageError(MoeCkptError):
+    """Options that contradict each other or the request."""
+
+    exit_code = 2
+
+
+class InputError(MoeCkptError):
+    """Something in the input that cannot be converted."""
+
+    exit_code = 3
+
+
+class CheckpointError(InputError):
+    """A checkpoint file that is damaged, incomplete or contradicts another."""
+
+
+class LayoutError(InputError):
+    """Experts that are unknown, incomplete or ambiguous."""
+
+
+class FormatError(InputError):
+    """A matrix whose sizes the chosen number format cannot hold."""
+
+
+class StatsError(InputError):
+    """An activation statistics file that is invalid or does not fit the model."""
+
+
+class OutputRefusedError(MoeCkptError):
+    """An output folder that holds foreign files or overlaps the input."""
+
+    exit_code = 4
+
+
+class EnvironmentFaultError(MoeCkptError):
+    """The machine failed: disk space, permissions, I/O, memory or GPU."""
+
+    exit_code = 5
+
+
+class InterruptedConversionError(MoeCkptError):
+    """Stopped by SIGINT (130) or SIGTERM (143)."""
+
+    def __init__(self, exit_code: int = 130) -> None:
+        super().__init__("interrupted; nothing usable was left in the output folder")
+        self.exit_code = exit_code
+
+
+class Problems:
+    """Collects problems so that one error can report them all.
+
+    >>> problems = Problems()
+    >>> problems.add(LayoutError, "first")
+    >>> problems.add(LayoutError, "second")
+    >>> problems.check()
+    Traceback (most recent call last):
+    moe_ckpt.errors.LayoutError: first
+    second
+    """
+
+    def __init__(self) -> None:
+        self._found: list[tuple[type[InputError], str]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def add(self, kind: type[InputError], problem: str) -> None:
+        """Record one problem; it is raised by `check`."""
+        self._found.append((kind, problem))
+
+    def absorb(self, error: InputError) -> None:
+        """Record all problems of an error that another check raised."""
+        for problem in error.problems:
+            self._found.append((type(error), problem))
+
+    def check(self) -> None:
+        """Raise what was recorded: the common class of all problems, or `InputError`."""
+        if not self._found:
+            return
+        kinds = {kind for kind, _ in self._found}
+        kind = kinds.pop() if len(kinds) == 1 else InputError
+        raise kind(*(problem for _, problem in self._found))
+
+
+def show(name: object) -> str:
+    """A name from a file, safe to print: control characters escaped, at most 200 characters."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+    return text if len(text) <= _SHOWN_LENGTH else text[: _SHOWN_LENGTH - 3] + "..."
+
+
+def show_some(names: Iterable[object], limit: int = 3) -> str:
+    """The first few names and how many more there are.
+
+    >>> show_some(["a", "b", "c", "d"])
+    'a, b, c and 1 more'
+    """
+    listed = [show(name) for name in names]
+    rest = len(listed) - limit
+    return ", ".join(listed[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,33 @@
+"""Largest magnitudes, and the scale that a largest magnitude asks for."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["abs_max", "scale_of"]
+
+_INT_OF_SIZE = {2: (torch.int16, 0x7FFF), 4: (torch.int32, 0x7FFFFFFF)}
+_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
+
+def abs_max(values: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude along the last dimension, as float32.
+
+    Without the sign bit, IEEE floats are ordered like integers, NaN above infinity above all
+    numbers: the maximum is exact, independent of order, and not finite exactly if a value was
+    not. Integers are several times faster than a floating-point maximum.
+
+    Args:
+        values: bf16, fp16 or fp32 [..., K].
+
+    Returns:
+        float32 [...].
+    """
+    integer, magnitude = _INT_OF_SIZE[values.element_size()]
+    return (values.view(integer) & magnitude).amax(-1).view(values.dtype).float()
+
+
+def scale_of(amax: torch.Tensor, largest: float) -> torch.Tensor:
+    """amax / largest in float32: 1.0 where amax is 0, and never below the smallest normal."""
+    scale = (amax / largest).clamp_(min=_SMALLEST_NORMAL)
+    return scale.masked_fill_(amax == 0, 1.0)

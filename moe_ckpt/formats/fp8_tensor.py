@@ -1,0 +1,50 @@
+"""FP8 E4M3 with one float32 scale for the matrix.
+
+    role          dtype    shape   value
+    global_scale  float32  []      amax / 448
+    qweight       e4m3     [N, K]  weight / global_scale, clamped to +-448
+    input_scale   float32  []      activation amax / 448
+
+A weight is qweight * global_scale. The scales are ModelOpt's; the division is in float32,
+where ModelOpt divides bf16 by bf16 and so rounds twice. A matrix of zeros has scale 1.0.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .amax import scale_of
+
+__all__ = ["dequantize", "input_scale", "quantize", "weight_scales"]
+
+E4M3_MAX = 448.0
+
+
+def weight_scales(amax_B: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The scale, float32 [B], of matrices with the given amax, float32 [B]."""
+    return {"global_scale": scale_of(amax_B, E4M3_MAX)}
+
+
+def input_scale(amax_B: torch.Tensor) -> torch.Tensor:
+    """The activation scale, float32 [B], for activations of the given amax, float32 [B]."""
+    return scale_of(amax_B, E4M3_MAX)
+
+
+def quantize(weight_BNK: torch.Tensor, amax_B: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Quantize B matrices.
+
+    Args:
+        weight_BNK: bf16, fp16 or fp32, finite.
+        amax_B: float32, at least the largest magnitude in each matrix.
+
+    Returns:
+        qweight e4m3 [B, N, K].
+    """
+    scale = weight_scales(amax_B)["global_scale"].view(-1, 1, 1)
+    scaled = weight_BNK.to(torch.float32, copy=True).div_(scale)
+    return {"qweight": scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)}
+
+
+def dequantize(parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The float32 weights [B, N, K] of qweight and global_scale [B]."""
+    return parts["qweight"].float() * parts["global_scale"].view(-1, 1, 1)

@@ -1,0 +1,64 @@
+"""NVFP4: E2M1 values, an E4M3 scale for 16 of them, a float32 scale for the matrix.
+
+    role          dtype    shape      value
+    global_scale  float32  []         amax / (6 * 448)
+    block_scale   e4m3     [N, K/16]  block amax / (6 * global_scale), in [2**-9, 448]
+    qweight       uint8    [N, K/2]   E2M1 of weight / (block_scale * global_scale)
+    input_scale   float32  []         activation amax / (6 * 448)
+
+A weight is code * block_scale * global_scale. The order of operations is ModelOpt's
+(nvfp4_tensor.py, get_weights_scaling_factor and quantize): the block scale is rounded to E4M3
+before the weights are divided by it. A block of zeros has scale 1.0, a matrix of zeros also
+global scale 1.0. A global scale is at least the smallest normal float32, for loaders invert it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import e2m1
+from .amax import abs_max, scale_of
+
+__all__ = ["BLOCK", "dequantize", "input_scale", "quantize", "weight_scales"]
+
+BLOCK = 16
+E4M3_MAX = 448.0
+E4M3_MIN = 2.0**-9  # the smallest subnormal: below it a scale would become 0
+
+
+def weight_scales(amax_B: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The global scale, float32 [B], of matrices with the given amax, float32 [B]."""
+    return {"global_scale": scale_of(amax_B, e2m1.MAX * E4M3_MAX)}
+
+
+def input_scale(amax_B: torch.Tensor) -> torch.Tensor:
+    """The activation scale, float32 [B], for activations of the given amax, float32 [B]."""
+    return scale_of(amax_B, e2m1.MAX * E4M3_MAX)
+
+
+def quantize(weight_BNK: torch.Tensor, amax_B: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Quantize B matrices.
+
+    Args:
+        weight_BNK: bf16, fp16 or fp32, contiguous, finite, K a multiple of 16.
+        amax_B: float32, at least the largest magnitude in each matrix.
+
+    Returns:
+        qweight uint8 [B, N, K/2] and block_scale e4m3 [B, N, K/16].
+    """
+    B, N, K = weight_BNK.shape
+    global_scale = weight_scales(amax_B)["global_scale"].view(B, 1, 1)
+    blocks = weight_BNK.view(B, N, K // BLOCK, BLOCK)
+    scale = abs_max(blocks) / (e2m1.MAX * global_scale)
+    scale.masked_fill_(scale == 0, 1.0)
+    block_scale = scale.clamp_(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
+    divisor = block_scale.float() * global_scale
+    scaled = blocks.to(torch.float32, copy=True).div_(divisor.unsqueeze(-1))
+    return {"qweight": e2m1.encode(scaled.view(B, N, K)), "block_scale": block_scale}
+
+
+def dequantize(parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The float32 weights [B, N, K] of qweight, block_scale and global_scale [B]."""
+    scale = parts["block_scale"].float() * parts["global_scale"].view(-1, 1, 1)
+    values = e2m1.decode(parts["qweight"])
+    return (values.view(*scale.shape, BLOCK) * scale.unsqueeze(-1)).flatten(-2)

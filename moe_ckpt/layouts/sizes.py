@@ -1,0 +1,76 @@
+"""The expert counts and sizes that a config.json names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Sizes", "model_type_of", "num_hidden_layers", "sizes_of"]
+
+# The key for one thing varies by family, and transformers 5 re-saves it under another name
+# (qwen3_moe: num_experts becomes num_local_experts), so every known key counts.
+EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+INTERMEDIATE_KEYS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+HIDDEN_KEYS = ("hidden_size", "d_model")
+
+_OTHER_SUBTREES = ("vision", "audio", "rope", "quantization", "compression", "code2wav")
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Values a config names, each with the key that names it."""
+
+    experts: Mapping[int, str]
+    intermediate: Mapping[int, str]
+    hidden: Mapping[int, str]
+    contradictions: tuple[str, ...]
+
+
+def sizes_of(config: Mapping[str, Any]) -> Sizes:
+    """Collect expert counts and sizes from a config and its text sub-configs."""
+    experts: dict[int, str] = {}
+    intermediate: dict[int, str] = {}
+    hidden: dict[int, str] = {}
+    contradictions: list[str] = []
+    for path, level in _levels(config, ""):
+        for keys, found in (
+            (EXPERTS_KEYS, experts),
+            (INTERMEDIATE_KEYS, intermediate),
+            (HIDDEN_KEYS, hidden),
+        ):
+            for key in keys:
+                for value in _integers(level.get(key)):
+                    found.setdefault(value, path + key)
+        counts = {key: level[key] for key in EXPERTS_KEYS if _integers(level.get(key))}
+        if len({str(value) for value in counts.values()}) > 1:
+            listed = ", ".join(f"{path}{key}={value}" for key, value in counts.items())
+            contradictions.append(f"config.json: expert counts disagree: {listed}")
+    return Sizes(experts, intermediate, hidden, tuple(contradictions))
+
+
+def model_type_of(config: Mapping[str, Any]) -> str:
+    """The model type, or '' if the config names none."""
+    value = config.get("model_type")
+    return value if isinstance(value, str) else ""
+
+
+def num_hidden_layers(config: Mapping[str, Any]) -> int | None:
+    """Layers of the text model, not counting those for multi-token prediction."""
+    for _, level in _levels(config, ""):
+        value = level.get("num_hidden_layers")
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def _levels(config: Mapping[str, Any], path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    yield path, config
+    for key, value in config.items():
+        if isinstance(value, dict) and not any(word in key for word in _OTHER_SUBTREES):
+            yield from _levels(value, f"{path}{key}.")
+
+
+def _integers(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0]

@@ -1,0 +1,367 @@
+"""Make the plan: source x layout x format x dialect x statistics -> every output tensor.
+
+Each source tensor goes one way: it is quantized with its layer's experts, quantized as a linear
+layer, or copied for a stated reason. Everything that can be refused is refused here, all at
+once, before a byte of weights is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from . import plan as planned
+from .calibration import Calibration
+from .checkpoint import Source, TensorInfo, open_source
+from .dialects import config_files, suffix_of
+from .dialects.exclude import exclude_list
+from .dtypes import nbytes_of
+from .errors import (
+    CheckpointError,
+    FormatError,
+    InputError,
+    LayoutError,
+    Problems,
+    UsageError,
+    show,
+    show_some,
+)
+from .formats import QuantFormat, find_format
+from .layouts import Detection, Experts, Rows, detect
+from .layouts.sizes import num_hidden_layers
+from .modules import amax_groups, is_matrix, module_of, reason_to_keep, reason_to_set_aside
+from .packing import CopyUnit, QuantUnit, pack
+from .plan import Job, Plan, Read, Slab
+from .stats import read_stats
+
+__all__ = ["DEFAULT_FORMAT", "DEFAULT_SHARD_SIZE", "QUANTIZE", "make_plan"]
+
+DEFAULT_FORMAT = "nvfp4"
+DEFAULT_SHARD_SIZE = "5GB"
+QUANTIZE = ("experts", "linear")
+MISSING_STATS = ("error", "constant")
+
+_UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
+_UNITS |= {"TIB": 2**40, "GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "B": 1, "": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What becomes of the tensors outside the experts."""
+
+    linears: tuple[tuple[str, ...], ...]  # groups of source modules that share an amax
+    copies: tuple[tuple[str, str], ...]  # (source tensor, reason)
+    kept: tuple[str, ...]  # output modules that runtimes must be told not to quantize
+    set_aside: tuple[str, ...]
+
+
+def make_plan(
+    in_dir: str | os.PathLike[str],
+    *,
+    stats: Iterable[str | os.PathLike[str]] = (),
+    format: str = DEFAULT_FORMAT,
+    quantize: str = "experts",
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    missing_stats: str = "error",
+) -> Plan:
+    """Decide a conversion from headers, config and statistics; reads no weights.
+
+    Args:
+        in_dir: a checkpoint folder.
+        stats: files of activation statistics, merged by maximum.
+        format: name of a number format.
+        quantize: "experts" for routed experts only, "linear" for all linear layers.
+        max_shard_size: bytes of tensors in one output file, or text such as "5GB".
+        missing_stats: "error", or "constant" for input scale 1.0 where statistics are missing.
+
+    Raises:
+        UsageError: options that do not fit together.
+        InputError: with every problem in the checkpoint and the statistics.
+    """
+    number_format = find_format(format)
+    stats_files = [os.fspath(file) for file in stats]
+    _check_choice("quantize", quantize, QUANTIZE)
+    _check_choice("missing_stats", missing_stats, MISSING_STATS)
+    if number_format.input_scale and not number_format.constant_input_scale and not stats_files:
+        raise UsageError(
+            f"format {format} has static input scales and needs --stats FILE; without "
+            "statistics, use --format nvfp4-w4a16 (weights only) or nvfp4 (input scale 1.0)"
+        )
+    max_nbytes = parse_size(max_shard_size)
+    source = open_source(in_dir)
+    _refuse_quantized(source)
+    detection = detect(source.tensors, source.config)
+    return _Planner(source, detection, number_format, quantize).plan(
+        stats_files, missing_stats == "constant", max_nbytes
+    )
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of a size such as ``5GB`` (decimal) or ``512MiB``.
+
+    >>> parse_size("5GB"), parse_size("1.5 MiB"), parse_size(1000)
+    (5000000000, 1572864, 1000)
+    """
+    text = str(size).strip().upper()
+    digits = text.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    try:
+        nbytes = int(float(digits) * _UNITS[text[len(digits) :].strip()])
+    except (KeyError, ValueError, OverflowError):
+        nbytes = 0
+    if nbytes < 1:
+        raise UsageError(f"size {show(size)!r} is not a number of bytes such as 5GB or 512MiB")
+    return nbytes
+
+
+def _check_choice(what: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UsageError(f"{what} {show(value)!r} is unknown; choose {', '.join(known)}")
+
+
+def _refuse_quantized(source: Source) -> None:
+    levels = [source.config, *(v for v in source.config.values() if isinstance(v, dict))]
+    for level in levels:
+        for key in ("quantization_config", "compression_config"):
+            found = level.get(key)
+            if found:
+                method = found.get("quant_method") if isinstance(found, dict) else found
+                raise CheckpointError(
+                    f"config.json: {key} says the weights are quantized already (quant_method "
+                    f"{show(method)}); this version converts BF16, F16 and F32 checkpoints"
+                )
+    if (source.root / "hf_quant_config.json").exists():
+        raise CheckpointError(
+            "hf_quant_config.json: the weights are quantized already; this version converts BF16, "
+            "F16 and F32 checkpoints"
+        )
+
+
+class _Planner:
+    """One run of `make_plan`, after the source is known to be sound."""
+
+    def __init__(
+        self, source: Source, detection: Detection, number_format: QuantFormat, quantize: str
+    ) -> None:
+        self.source = source
+        self.detection = detection
+        self.format = number_format
+        self.quantize = quantize
+        self.problems = Problems()
+
+    def plan(self, stats_files: list[str], missing_is_constant: bool, max_nbytes: int) -> Plan:
+        source, detection = self.source, self.detection
+        calibration = self._calibration(stats_files, missing_is_constant)
+        choice = self._choose()
+        units: list[tuple[str, CopyUnit | QuantUnit]] = [
+            (found.gate_up[0], self._experts_unit(found, calibration))
+            for found in detection.experts
+        ]
+        units += (
+            (f"{group[0]}.weight", unit)
+            for group in choice.linears
+            for unit in self._linear_units(group, calibration)
+        )
+        units += (
+            (name, CopyUnit(source.tensors[name], self._output(name), reason))
+            for name, reason in choice.copies
+        )
+        self.problems.check()
+
+        order = {name: position for position, name in enumerate(source.tensors)}
+        units.sort(key=lambda unit: order[unit[0]])
+        roles = [part.role for part in self.format.parts]
+        shards = pack(
+            (unit for _, unit in units),
+            self.format,
+            {role: suffix_of(self.format.name, role) for role in roles},
+            max_nbytes,
+        )
+        self._refuse_collisions(shards)
+
+        quantized = [found.output for found in detection.experts]
+        quantized += [self._output(m) for group in choice.linears for m in group]
+        exclude = exclude_list(quantized, choice.kept, choice.set_aside)
+        jobs = [job for shard in shards for job in shard.jobs]
+        kept: dict[str, tuple[int, int]] = {}
+        for name, reason in choice.copies:
+            count, nbytes = kept.get(reason, (0, 0))
+            kept[reason] = (count + 1, nbytes + source.tensors[name].nbytes)
+        return Plan(
+            root=source.root,
+            model_type=detection.model_type,
+            family=detection.family.name,
+            loaders=detection.family.loaders,
+            format=self.format.name,
+            quantize=self.quantize,
+            source_shards=tuple(source.shards.values()),
+            source_nbytes=sum(info.nbytes for info in source.tensors.values()),
+            num_parameters=sum(prod(info.shape) for info in source.tensors.values()),
+            experts=tuple(
+                planned.Experts(
+                    found.source,
+                    found.output,
+                    found.form,
+                    found.num_experts,
+                    found.intermediate,
+                    found.hidden,
+                    found.evidence,
+                )
+                for found in detection.experts
+            ),
+            shards=tuple(shards),
+            files=config_files(source.config, self.format.name, exclude),
+            side_files=source.side_files,
+            left_out=source.left_out,
+            quantized_matrices=sum(len(job.rows) * len(job.slabs) for job in jobs),
+            quantized_nbytes=sum(job.slab_nbytes * len(job.slabs) for job in jobs),
+            kept=kept,
+            stats_files=tuple(stats_files),
+            stats_covered=calibration.covered if calibration else 0,
+            notes=self._notes(stats_files, calibration),
+            warnings=(
+                *source.warnings,
+                *(calibration.warnings(source.tensors) if calibration else ()),
+            ),
+        )
+
+    def _calibration(self, files: list[str], missing_is_constant: bool) -> Calibration | None:
+        if not files or not self.format.input_scale:
+            return None
+        try:
+            return Calibration(read_stats(files), self.detection, missing_is_constant)
+        except InputError as error:
+            self.problems.absorb(error)
+            return None
+
+    def _notes(self, files: list[str], calibration: Calibration | None) -> tuple[str, ...]:
+        notes = list(calibration.stats.notes) if calibration else []
+        if self.format.input_scale and not files:
+            notes.append("no statistics: every quantized module gets input_scale 1.0")
+        if files and not self.format.input_scale:
+            notes.append(f"format {self.format.name} has no input scales: statistics are not used")
+        if self.detection.renamed:
+            example = next(iter(self.detection.renamed.values()))
+            notes.append(
+                f"{len(self.detection.renamed)} tensors that transformers renamed get back the "
+                f"names that loaders read, such as {show(example)}"
+            )
+        return tuple(notes)
+
+    def _output(self, name: str) -> str:
+        """The output name of a source tensor, or of a source module."""
+        renamed = self.detection.renamed
+        if name in renamed:
+            return renamed[name]
+        weight = renamed.get(f"{name}.weight")
+        return module_of(weight) if weight else name
+
+    def _choose(self) -> _Choice:
+        """Sort the tensors outside the experts."""
+        consumed = {t for found in self.detection.experts for t in (*found.gate_up, *found.down)}
+        num_layers = num_hidden_layers(self.source.config)
+        linears: list[str] = []
+        copies: list[tuple[str, str]] = []
+        kept: list[str] = []
+        set_aside: list[str] = [*self.detection.set_aside]
+        for name, info in self.source.tensors.items():
+            if name in consumed:
+                continue
+            module = module_of(name)
+            matrix = is_matrix(name, info.dtype, info.shape)
+            aside = reason_to_set_aside(name, num_layers)
+            reason = aside or (reason_to_keep(module) if matrix else "not a matrix")
+            if reason is None and self.quantize == "linear":
+                linears.append(module)
+                continue
+            copies.append((name, reason or "not a routed expert"))
+            if matrix and aside:
+                set_aside.append(self._output(module))
+            elif matrix and reason != "embedding":
+                kept.append(self._output(module))
+        return _Choice(tuple(amax_groups(linears)), tuple(copies), tuple(kept), tuple(set_aside))
+
+    def _experts_unit(self, found: Experts, calibration: Calibration | None) -> QuantUnit:
+        gate, up, down = found.projections
+        I, H = found.intermediate, found.hidden
+        jobs = []
+        for names, rows, columns, rows_of in (
+            ((gate, up), (I, I), H, found.gate_up_rows),
+            ((down,), (H,), I, found.down_rows),
+        ):
+            if columns % self.format.k_multiple:
+                self._indivisible(f"{found.source} {'/'.join(names)}", columns)
+            amax = None
+            if calibration:
+                amax = calibration.experts_amax(found, names, self.problems)
+            slabs = tuple(
+                Slab(
+                    tuple(self._read(range_, columns) for range_ in rows_of(expert)),
+                    tuple(f"{found.output}.{expert}.{name}" for name in names),
+                    f"{rows_of(expert)[0].tensor}[expert {expert}]",
+                )
+                for expert in range(found.num_experts)
+            )
+            dtype = self.source.tensors[found.gate_up[0]].dtype
+            jobs.append(Job(slabs, rows, columns, dtype, amax))
+        return QuantUnit(tuple(jobs))
+
+    def _linear_units(
+        self, group: tuple[str, ...], calibration: Calibration | None
+    ) -> list[QuantUnit]:
+        """One unit for linear layers that share an amax, or one for each if they do not."""
+        infos = [self.source.tensors[f"{module}.weight"] for module in group]
+        amax = None
+        if calibration:
+            names = [(module, self._output(module)) for module in group]
+            amax = calibration.linears_amax(names, self.problems)
+        for info in infos:
+            if info.shape[1] % self.format.k_multiple:
+                self._indivisible(info.name, info.shape[1])
+        alike = len({(info.shape[1], info.dtype) for info in infos}) == 1
+        if len(infos) > 1 and self.format.shares_dense_amax and not alike:
+            self.problems.add(
+                LayoutError,
+                f"{show_some(info.name for info in infos)}: read the same input and must share a "
+                "scale, but differ in columns or dtype",
+            )
+        together = self.format.shares_dense_amax and alike
+        return [
+            QuantUnit((self._linear_job(members, amax),))
+            for members in ([infos] if together else [[info] for info in infos])
+        ]
+
+    def _linear_job(self, infos: list[TensorInfo], amax: float | None) -> Job:
+        slab = Slab(
+            tuple(Read(info.shard, info.offset, info.nbytes) for info in infos),
+            tuple(self._output(module_of(info.name)) for info in infos),
+            ", ".join(info.name for info in infos),
+        )
+        first = infos[0]
+        return Job((slab,), tuple(i.shape[0] for i in infos), first.shape[1], first.dtype, amax)
+
+    def _read(self, rows: Rows, columns: int) -> Read:
+        info = self.source.tensors[rows.tensor]
+        row_nbytes = nbytes_of(info.dtype, (columns,))
+        return Read(info.shard, info.offset + rows.start * row_nbytes, rows.count * row_nbytes)
+
+    def _indivisible(self, what: str, columns: int) -> None:
+        self.problems.add(
+            FormatError,
+            f"{show(what)}: has {columns} columns, {self.format.name} needs a multiple of "
+            f"{self.format.k_multiple}; use --format fp8-tensor",
+        )
+
+    def _refuse_collisions(self, shards: Iterable[planned.OutShard]) -> None:
+        seen: set[str] = set()
+        for shard in shards:
+            for tensor in shard.tensors:
+                if tensor.name in seen:
+                    self.problems.add(
+                        LayoutError,
+                        f"{show(tensor.name)}: would be written twice; the source already holds a "
+                        "tensor of this name",
+                    )
+                seen.add(tensor.name)
+        self.problems.check()

@@ -1,0 +1,155 @@
+"""Plans and results as text for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from .errors import show
+from .plan import Plan
+from .planner import make_plan
+from .schedule import CPU, peak_nbytes
+
+__all__ = ["inspect", "plan_document", "plan_lines", "size", "table"]
+
+
+def inspect(in_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a default conversion of a folder would do, as a JSON-like document.
+
+    Reads headers only. Raises `InputError` if the checkpoint cannot be converted.
+    """
+    return plan_document(make_plan(in_dir))
+
+
+def plan_document(plan: Plan) -> dict[str, Any]:
+    """A plan as one JSON document; byte counts end in ``_nbytes``."""
+    return {
+        "schema": "moe-ckpt/plan",
+        "version": 1,
+        "digest": plan.digest(),
+        "model_type": plan.model_type,
+        "family": plan.family,
+        "loaders_of_family": list(plan.loaders),
+        "format": plan.format,
+        "quantize": plan.quantize,
+        "experts": [
+            {
+                "source": found.source,
+                "output": found.output,
+                "form": found.form,
+                "num_experts": found.num_experts,
+                "intermediate_size": found.intermediate,
+                "hidden_size": found.hidden,
+                "evidence": found.evidence,
+            }
+            for found in plan.experts
+        ],
+        "quantized": {
+            "matrices": plan.quantized_matrices,
+            "source_nbytes": plan.quantized_nbytes,
+            "with_statistics": plan.stats_covered,
+        },
+        "copied": [
+            {"reason": reason, "tensors": count, "nbytes": nbytes}
+            for reason, count, nbytes in _kept_rows(plan)
+        ],
+        "source": {
+            "shards": len(plan.source_shards),
+            "tensors_nbytes": plan.source_nbytes,
+            "read_nbytes": plan.read_nbytes,
+        },
+        "output": {
+            "shards": [
+                {"name": shard.name, "tensors": len(shard.tensors), "nbytes": shard.nbytes}
+                for shard in plan.shards
+            ],
+            "tensors_nbytes": plan.tensors_nbytes,
+            "write_nbytes": plan.write_nbytes,
+            "files": [*plan.files, *(file.name for file in plan.side_files)],
+            "left_out": list(plan.left_out),
+        },
+        "peak_memory_nbytes": peak_nbytes(plan, CPU),
+        "notes": list(plan.notes),
+        "warnings": list(plan.warnings),
+    }
+
+
+def plan_lines(plan: Plan) -> Iterator[str]:
+    """A plan as lines of text."""
+    yield f"Model     {show(plan.model_type)}, family {plan.family}"
+    for count, example in _experts_kinds(plan):
+        yield (
+            f"Experts   {count} layers x {example.num_experts} experts, {example.form}, as in "
+            f"{show(example.source)}"
+        )
+        yield f"Evidence  {example.evidence}"
+        names = f"{show(example.output)}.0 ... {example.num_experts - 1}"
+        yield f"Become    {names}"
+    yield f"Format    {plan.format}, modelopt dialect; the family loads in {_list(plan.loaders)}"
+    yield ""
+    rows = [
+        ("quantized", f"{plan.quantized_matrices:,} matrices", size(plan.quantized_nbytes), ""),
+        *(
+            ("copied", f"{count:,} tensors", size(nbytes), reason)
+            for reason, count, nbytes in _kept_rows(plan)
+        ),
+    ]
+    yield from table(("", "what", "in source", "why"), rows)
+    yield ""
+    yield (
+        f"Size      {size(plan.source_nbytes)} -> {size(plan.tensors_nbytes)} "
+        f"({plan.tensors_nbytes / max(plan.source_nbytes, 1):.0%}), "
+        f"{len(plan.source_shards)} -> {len(plan.shards)} shards"
+    )
+    yield (
+        f"Work      read {size(plan.read_nbytes)}, write {size(plan.write_nbytes)}, at most "
+        f"{size(peak_nbytes(plan, CPU))} of memory beside torch on this machine's CPU"
+    )
+    if plan.stats_files:
+        yield (
+            f"Stats     {plan.stats_covered:,} of {plan.quantized_matrices:,} quantized matrices "
+            "have an activation amax"
+        )
+    if plan.left_out:
+        yield f"Left out  {_list(plan.left_out[:5])}" + (" ..." if len(plan.left_out) > 5 else "")
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
+    """Lines of a table with aligned columns."""
+    lines = [head, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    for line in lines:
+        yield "  ".join(
+            cell.ljust(width) for cell, width in zip(line, widths, strict=True)
+        ).rstrip()
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people, decimal as file sizes are.
+
+    >>> size(999), size(1_500_000), size(2e12)
+    ('999 B', '1.5 MB', '2.0 TB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def _kept_rows(plan: Plan) -> list[tuple[str, int, int]]:
+    rows = [(reason, count, nbytes) for reason, (count, nbytes) in plan.kept.items()]
+    return sorted(rows, key=lambda row: (-row[2], row[0]))
+
+
+def _experts_kinds(plan: Plan) -> list[tuple[int, Any]]:
+    """Layers alike, counted, with the first of each kind."""
+    kinds = Counter((e.form, e.num_experts, e.intermediate, e.hidden) for e in plan.experts)
+    first = {(e.form, e.num_experts, e.intermediate, e.hidden): e for e in reversed(plan.experts)}
+    return [(count, first[kind]) for kind, count in kinds.items()]
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(show(name) for name in names)

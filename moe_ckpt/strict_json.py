@@ -1,0 +1,90 @@
+"""JSON from strangers: duplicate keys, wrong encodings and oversized files are errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, show
+
+
+def read_regular(path: Path, cap_nbytes: int, kind: type[InputError]) -> bytes:
+    """The bytes of a regular file of at most ``cap_nbytes``.
+
+    Symbolic links are followed; folders, FIFOs and devices are refused without blocking.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise kind(f"{show(path.name)}: cannot be opened: {error.strerror}") from None
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise kind(f"{show(path.name)}: is not a regular file")
+        if status.st_size > cap_nbytes:
+            raise kind(
+                f"{show(path.name)}: is {status.st_size} bytes, more than the {cap_nbytes} allowed"
+            )
+        with os.fdopen(os.dup(fd), "rb") as file:
+            return file.read()
+    finally:
+        os.close(fd)
+
+
+def parse(text: bytes, where: str, kind: type[InputError], *, constants: bool = False) -> Any:
+    """Parse JSON; ``where`` starts every message.
+
+    Duplicate keys are refused, and so are NaN and Infinity unless ``constants`` is true.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise kind(f'{where}: key "{show(twice)}" appears twice')
+        return found
+
+    def refuse(constant: str) -> float:
+        raise kind(f"{where}: {constant} is not a JSON number")
+
+    try:
+        return json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_constant=None if constants else refuse,
+        )
+    except RecursionError:
+        raise kind(f"{where}: is nested too deeply") from None
+    except ValueError as error:
+        raise kind(f"{where}: is not valid JSON: {show(error)}") from None
+
+
+def parse_object(
+    text: bytes, where: str, kind: type[InputError], *, constants: bool = False
+) -> dict[str, Any]:
+    """Parse JSON that must be an object at the top."""
+    value = parse(text, where, kind, constants=constants)
+    if not isinstance(value, dict):
+        raise kind(f"{where}: must be a JSON object, found {type_name(value)}")
+    return value
+
+
+def type_name(value: object) -> str:
+    """What JSON calls the type of a parsed value.
+
+    >>> [type_name(v) for v in (None, True, 1, "a", [], {})]
+    ['null', 'true or false', 'a number', 'a string', 'a list', 'an object']
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, (int, float)):
+        return "a number"
+    if isinstance(value, str):
+        return "a string"
+    return "an object" if isinstance(value, dict) else "a list"

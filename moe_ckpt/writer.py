@@ -1,0 +1,229 @@
+"""Write the output folder so that nothing in it looks finished before it is.
+
+A shard is written under ``.moe-ckpt/``, where no loader looks, at planned offsets; then it is
+flushed to disk, opened by the safetensors library, and renamed. Configuration follows the last
+shard, config.json next to last and the index at the end. ``.moe-ckpt/written.json`` lists every
+file that belongs to the conversion, before the first is written.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import safe_open
+
+from .errors import EnvironmentFaultError, MoeCkptError, OutputRefusedError, show, show_some
+from .plan import OutShard, Plan, header_of, index_of
+
+__all__ = ["OutputFolder", "ShardWriter", "check_out_dir"]
+
+PRIVATE = ".moe-ckpt"
+WRITTEN = "written.json"
+INDEX = "model.safetensors.index.json"
+_COPY_NBYTES = 4 << 20
+
+
+def check_out_dir(in_dir: Path, out_dir: Path, *, overwrite: bool) -> list[Path]:
+    """Refuse an output folder that is not ours to write.
+
+    Returns:
+        Files of an earlier conversion that ``overwrite`` removes.
+
+    Raises:
+        OutputRefusedError: it overlaps the input, is no folder, or holds files.
+    """
+    source, target = in_dir.resolve(), out_dir.resolve()
+    if source == target or target.is_relative_to(source) or source.is_relative_to(target):
+        raise OutputRefusedError(
+            f"{show(out_dir)}: overlaps the input {show(in_dir)}; choose a folder outside it"
+        )
+    if not os.path.lexists(out_dir):
+        return []
+    if not out_dir.is_dir():
+        raise OutputRefusedError(f"{show(out_dir)}: is not a folder")
+    present = {
+        path.relative_to(out_dir).as_posix()
+        for path in out_dir.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
+    if not present:
+        return []
+    ours = _written_by_us(out_dir)
+    foreign = sorted(present - ours)
+    if foreign and ours:
+        raise OutputRefusedError(
+            f"{show(out_dir)}: holds files that moe-ckpt did not write: {show_some(foreign)}; move "
+            "them away or choose another folder"
+        )
+    if foreign:
+        raise OutputRefusedError(
+            f"{show(out_dir)}: is not empty ({show_some(foreign)}); choose another folder"
+        )
+    if not overwrite:
+        raise OutputRefusedError(
+            f"{show(out_dir)}: holds an earlier conversion; pass --overwrite to replace it"
+        )
+    return sorted(out_dir / name for name in present)
+
+
+def _written_by_us(out_dir: Path) -> set[str]:
+    """Names that an earlier conversion listed as its own."""
+    record = f"{PRIVATE}/{WRITTEN}"
+    try:
+        files = json.loads((out_dir / record).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    listed = {name for name in files if isinstance(name, str)} if isinstance(files, list) else set()
+    partial = {p.relative_to(out_dir).as_posix() for p in (out_dir / PRIVATE).glob("*.partial")}
+    return {record} | listed | partial
+
+
+class OutputFolder:
+    """An output folder while a conversion writes it."""
+
+    def __init__(self, plan: Plan, out_dir: Path, *, overwrite: bool) -> None:
+        stale = check_out_dir(plan.root, out_dir, overwrite=overwrite)
+        self.root = out_dir
+        self._created = [p for p in (out_dir, *out_dir.parents) if not p.exists()]
+        self._refuse_if_full(plan, stale)
+        for path in stale:
+            path.unlink()
+        for folder in sorted({p.parent for p in stale} - {out_dir}, reverse=True):
+            with suppress(OSError):
+                folder.rmdir()
+        (out_dir / PRIVATE).mkdir(parents=True, exist_ok=True)
+        names = [shard.name for shard in plan.shards]
+        names += [file.name for file in plan.side_files]
+        names += [*plan.files, *([INDEX] if len(plan.shards) > 1 else [])]
+        self._names = names
+        record = {"tool": "moe-ckpt", "files": sorted(names)}
+        self.write_text(f"{PRIVATE}/{WRITTEN}", json.dumps(record, indent=1) + "\n")
+
+    def open_shard(self, shard: OutShard) -> ShardWriter:
+        """Start a shard under a temporary name."""
+        return ShardWriter(self.root, shard)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file, complete or not at all."""
+        partial = self._partial(name)
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        _publish(partial, self.root / name)
+
+    def copy_file(self, name: str, source: Path) -> None:
+        """Copy a side file, following links."""
+        partial = self._partial(name)
+        with source.open("rb") as read, partial.open("xb") as write:
+            shutil.copyfileobj(read, write, _COPY_NBYTES)
+            write.flush()
+            os.fsync(write.fileno())
+        _publish(partial, self.root / name)
+
+    def finish(self, plan: Plan) -> None:
+        """Write what makes the folder a checkpoint: configuration, and the index at the end."""
+        for file in plan.side_files:
+            self.copy_file(file.name, file.path)
+        for name, text in plan.files.items():
+            self.write_text(name, text)
+        index = index_of(plan)
+        if index is not None:
+            self.write_text(INDEX, index)
+
+    def discard(self) -> None:
+        """Remove everything this conversion wrote, the folder too if it was not there before.
+
+        The configuration goes first, so that an interrupted removal leaves nothing loadable.
+        """
+        for name in reversed(self._names):
+            with suppress(OSError):
+                (self.root / name).unlink()
+        shutil.rmtree(self.root / PRIVATE, ignore_errors=True)
+        folders = {p for name in self._names for p in (self.root / name).parents}
+        inner = {p for p in folders if p.is_relative_to(self.root) and p != self.root}
+        for folder in [*sorted(inner, reverse=True), *self._created]:
+            with suppress(OSError):
+                folder.rmdir()
+
+    def _partial(self, name: str) -> Path:
+        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+        return self.root / PRIVATE / (name.replace("/", "_") + ".partial")
+
+    def _refuse_if_full(self, plan: Plan, stale: Iterable[Path]) -> None:
+        existing = next(p for p in (self.root, *self.root.resolve().parents) if p.exists())
+        free = shutil.disk_usage(existing).free + sum(p.lstat().st_size for p in stale)
+        if free < plan.write_nbytes:
+            raise EnvironmentFaultError(
+                f"{show(self.root)}: the output needs {plan.write_nbytes:,} bytes and the disk has "
+                f"{free:,} free; nothing was written"
+            )
+
+
+class ShardWriter:
+    """One output shard; several threads may write to it at once."""
+
+    def __init__(self, root: Path, shard: OutShard) -> None:
+        self._final = root / shard.name
+        self._partial = root / PRIVATE / f"{shard.name}.partial"
+        self._shard = shard
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._fd = os.open(self._partial, flags, 0o666)
+        try:
+            _reserve(self._fd, shard.nbytes)
+            header = header_of(shard.tensors)
+            self._data_start = len(header)
+            self.write(-len(header), memoryview(header))
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write bytes at an offset of the shard's data."""
+        position = self._data_start + offset
+        while data.nbytes:
+            count = os.pwrite(self._fd, data, position)
+            data, position = data[count:], position + count
+
+    def finish(self) -> None:
+        """Flush to disk, let the safetensors library read the header, and rename."""
+        try:
+            os.fsync(self._fd)
+        finally:
+            os.close(self._fd)
+        with safe_open(self._partial, framework="np") as file:
+            if len(file.keys()) != len(self._shard.tensors):
+                raise MoeCkptError(f"{self._shard.name}: does not read back; please report this")
+        _publish(self._partial, self._final)
+
+    def abandon(self) -> None:
+        """Close without publishing; `OutputFolder.discard` removes the file."""
+        os.close(self._fd)
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(fd, nbytes)
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Rename, and make the rename durable."""
+    partial.replace(final)
+    fd = os.open(final.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems
+            raise
+    finally:
+        os.close(fd)

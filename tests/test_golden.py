@@ -1,0 +1,131 @@
+"""Our output against ModelOpt's export of the same models, byte for byte."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import FIXTURES, read_files, read_json, read_tensors
+
+import moe_ckpt
+
+MODELS = ("qwen3_moe", "mixtral", "deepseek_v3", "qwen2_moe")
+HUB = ("qwen3_moe", "mixtral")
+EXACT = [
+    *((model, "nvfp4", "linear", "modelopt-nvfp4") for model in MODELS),
+    *((model, "nvfp4", "experts", "modelopt-nvfp4-experts") for model in MODELS),
+    ("qwen3_moe", "nvfp4-w4a16", "linear", "modelopt-nvfp4-w4a16"),
+]
+
+
+def convert(tmp_path, model, number_format, quantize, *, form="source"):
+    stats = [] if number_format == "nvfp4-w4a16" else [FIXTURES / model / "stats.json"]
+    out = tmp_path / f"{model}-{form}"
+    moe_ckpt.convert(
+        FIXTURES / model / form, out, stats=stats, format=number_format, quantize=quantize
+    )
+    return out
+
+
+@pytest.mark.parametrize(("model", "number_format", "quantize", "export"), EXACT)
+def test_nvfp4_equals_modelopt(tmp_path, model, number_format, quantize, export):
+    ours = read_tensors(convert(tmp_path, model, number_format, quantize))
+    theirs = read_tensors(FIXTURES / model / export)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name] == tensor, name
+
+
+@pytest.mark.parametrize("model", HUB)
+@pytest.mark.parametrize(
+    ("number_format", "quantize"), [("nvfp4", "linear"), ("fp8-tensor", "experts")]
+)
+def test_hub_form_gives_the_bytes_of_the_fused_form(tmp_path, model, number_format, quantize):
+    fused = convert(tmp_path, model, number_format, quantize)
+    split = convert(tmp_path, model, number_format, quantize, form="hub")
+    assert read_tensors(fused) == read_tensors(split)
+    for name in ("config.json", "hf_quant_config.json"):
+        assert (fused / name).read_bytes() == (split / name).read_bytes()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_fp8_tensor_has_modelopts_scales_and_no_larger_error(tmp_path, model):
+    ours = read_tensors(convert(tmp_path, model, "fp8-tensor", "linear"))
+    theirs = read_tensors(FIXTURES / model / "modelopt-fp8")
+    assert ours.keys() == theirs.keys()
+    source = split_source(model)
+    our_error = their_error = 0.0
+    steps = 0
+    for name, tensor in theirs.items():
+        assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape), name
+        if tensor.dtype != "F8_E4M3":
+            assert ours[name] == tensor, name
+            continue
+        distance = np.abs(ordinal(ours[name].data) - ordinal(tensor.data))
+        assert distance.max() <= 1, name
+        steps += int(distance.sum())
+        scale = torch.frombuffer(bytearray(ours[f"{name}_scale"].data), dtype=torch.float32)
+        our_error += squared_error(ours[name], scale, source[name])
+        their_error += squared_error(tensor, scale, source[name])
+    assert steps > 0  # else the comparison of errors below says nothing
+    assert our_error < their_error
+
+
+@pytest.mark.parametrize(("model", "number_format", "quantize", "export"), EXACT)
+def test_config_agrees_with_modelopt(tmp_path, model, number_format, quantize, export):
+    out = convert(tmp_path, model, number_format, quantize)
+    theirs = FIXTURES / model / export
+    ours, wanted = read_json(out / "config.json"), read_json(theirs / "config.json")
+    assert list(ours) == list(wanted)
+    ours["quantization_config"].pop("ignore")
+    wanted["quantization_config"].pop("ignore")
+    assert list(ours["quantization_config"]) == [
+        k for k in read_json(theirs / "config.json")["quantization_config"] if k != "ignore"
+    ]
+    assert ours == wanted
+
+    ours, wanted = (read_json(d / "hf_quant_config.json") for d in (out, theirs))
+    excluded = ours["quantization"].pop("exclude_modules")
+    wanted["quantization"].pop("exclude_modules")
+    assert ours == wanted
+    assert excluded == read_json(out / "config.json")["quantization_config"]["ignore"]
+
+
+def test_same_bytes_twice(tmp_path):
+    one = convert(tmp_path / "a", "qwen2_moe", "nvfp4", "linear")
+    two = convert(tmp_path / "b", "qwen2_moe", "nvfp4", "linear")
+    assert read_files(one) == read_files(two)
+
+
+def split_source(model):
+    """The source weights as float32, under the names of the output."""
+    found = {}
+    block, names = ("mlp", ("gate_proj", "up_proj", "down_proj"))
+    if model == "mixtral":
+        block, names = ("block_sparse_moe", ("w1", "w3", "w2"))
+    for name, tensor in read_tensors(FIXTURES / model / "source").items():
+        values = torch.frombuffer(bytearray(tensor.data), dtype=torch.bfloat16)
+        values = values.view(tensor.shape).float()
+        prefix = name.replace(".mlp.", f".{block}.").rpartition(".")[0]
+        if name.endswith("experts.gate_up_proj"):
+            for e, matrix in enumerate(values):
+                (
+                    found[f"{prefix}.{e}.{names[0]}.weight"],
+                    found[f"{prefix}.{e}.{names[1]}.weight"],
+                ) = matrix.chunk(2)
+        elif name.endswith("experts.down_proj"):
+            found |= {f"{prefix}.{e}.{names[2]}.weight": matrix for e, matrix in enumerate(values)}
+        else:
+            found[name] = values
+    return found
+
+
+def ordinal(data: bytes) -> np.ndarray:
+    """E4M3 bytes as integers in the order of their values: neighbours differ by one."""
+    codes = np.frombuffer(data, np.uint8).astype(int)
+    return np.where(codes < 128, codes, 128 - codes)
+
+
+def squared_error(tensor, scale, source) -> float:
+    codes = torch.frombuffer(bytearray(tensor.data), dtype=torch.float8_e4m3fn)
+    return float(((codes.view(tensor.shape).float() * scale - source) ** 2).double().sum())
