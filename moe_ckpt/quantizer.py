@@ -14,6 +14,7 @@ import torch
 from .errors import CheckpointError, show
 from .formats import QuantFormat
 from .formats.amax import abs_max
+from .formats.scratch import Scratch
 from .plan import Copy, Job, Slab
 from .reader import SourceReader
 from .schedule import Batch, Budget
@@ -21,7 +22,13 @@ from .writer import ShardWriter
 
 __all__ = ["Worker"]
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+}
 
 
 class Worker:
@@ -36,6 +43,8 @@ class Worker:
     ) -> None:
         self._reader = reader
         self._codec = number_format.codec()
+        self._dtypes = {part.role: part.dtype for part in number_format.parts}
+        self._scratch = Scratch(device)
         self._device = device
         self._budget = budget
         pinned = device.type == "cuda"
@@ -106,7 +115,7 @@ class Worker:
         """Largest magnitude of each matrix, float32 [B]."""
         rows = weight_BNK.flatten(0, 1)
         step = max(1, self._budget.chunk_items // max(rows.shape[1], 1))
-        row_amax = torch.cat([abs_max(chunk) for chunk in torch.split(rows, step)])
+        row_amax = torch.cat([abs_max(chunk, self._scratch) for chunk in torch.split(rows, step)])
         return row_amax.view(weight_BNK.shape[:2]).amax(1)
 
     def _chunks(self, weight_BNK: torch.Tensor) -> Iterator[tuple[slice, slice]]:
@@ -133,16 +142,14 @@ class Worker:
         """Quantize rows from ``first_row`` on, and write every part that has rows."""
         B, N, _ = weight_BNK.shape
         regions = [region for region in batch.job.regions if region.row_nbytes]
-        results = {
-            region.role: torch.empty(
-                (B, N, region.row_nbytes), dtype=torch.uint8, device=self._device
-            )
-            for region in regions
-        }
+        results = {}
+        for region in regions:
+            dtype = _DTYPES[self._dtypes[region.role]]
+            shape = (B, N, region.row_nbytes // dtype.itemsize)
+            results[region.role] = self._scratch.empty(f"out {region.role}", shape, dtype)
         for matrices, rows in self._chunks(weight_BNK):
-            parts = self._codec.quantize(weight_BNK[matrices, rows], amax_B[matrices])
-            for role, result in results.items():
-                result[matrices, rows].copy_(parts[role].view(torch.uint8))
+            chunk = {role: result[matrices, rows] for role, result in results.items()}
+            self._codec.quantize(weight_BNK[matrices, rows], amax_B[matrices], chunk, self._scratch)
         for region in regions:
             offset = region.offset + batch.start * region.slab_nbytes
             offset += first_row * region.row_nbytes

@@ -16,6 +16,8 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from .scratch import Scratch
+
 __all__ = ["FORMATS", "Codec", "Part", "QuantFormat", "find_format"]
 
 
@@ -74,7 +76,13 @@ class QuantFormat:
 class Codec(Protocol):
     """What a format's module provides. B matrices of [N, K] share one amax each."""
 
-    def quantize(self, weight_BNK: torch.Tensor, amax_B: torch.Tensor) -> dict[str, torch.Tensor]:
+    def quantize(
+        self,
+        weight_BNK: torch.Tensor,
+        amax_B: torch.Tensor,
+        out: dict[str, torch.Tensor] | None = None,
+        scratch: Scratch | None = None,
+    ) -> dict[str, torch.Tensor]:
         """Parts with rows, by role, for bf16, fp16 or fp32 weights and their fp32 amax."""
 
     def weight_scales(self, amax_B: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from .scratch import Scratch
+
 __all__ = ["abs_max", "scale_of"]
 
 _INT_OF_SIZE = {2: (torch.int16, 0x7FFF), 4: (torch.int32, 0x7FFFFFFF)}
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
-def abs_max(values: torch.Tensor) -> torch.Tensor:
+def abs_max(values: torch.Tensor, scratch: Scratch | None = None) -> torch.Tensor:
     """The largest magnitude along the last dimension, as float32.
 
     Without the sign bit, IEEE floats are ordered like integers, NaN above infinity above all
@@ -19,15 +21,19 @@ def abs_max(values: torch.Tensor) -> torch.Tensor:
 
     Args:
         values: bf16, fp16 or fp32 [..., K].
+        scratch: where to keep temporaries.
 
     Returns:
         float32 [...].
     """
-    integer, magnitude = _INT_OF_SIZE[values.element_size()]
-    return (values.view(integer) & magnitude).amax(-1).view(values.dtype).float()
+    integer, mask = _INT_OF_SIZE[values.element_size()]
+    scratch = scratch or Scratch(values.device)
+    magnitude = scratch.empty("magnitude", tuple(values.shape), integer)
+    torch.bitwise_and(values.view(integer), mask, out=magnitude)
+    return magnitude.amax(-1).view(values.dtype).float()
 
 
 def scale_of(amax: torch.Tensor, largest: float) -> torch.Tensor:
-    """amax / largest in float32: 1.0 where amax is 0, and never below the smallest normal."""
+    """The float32 amax / largest: 1.0 where amax is 0, and at least the smallest normal number."""
     scale = (amax / largest).clamp_(min=_SMALLEST_NORMAL)
     return scale.masked_fill_(amax == 0, 1.0)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from .amax import scale_of
+from .scratch import Scratch
 
 __all__ = ["dequantize", "input_scale", "quantize", "weight_scales"]
 
@@ -30,19 +31,30 @@ def input_scale(amax_B: torch.Tensor) -> torch.Tensor:
     return scale_of(amax_B, E4M3_MAX)
 
 
-def quantize(weight_BNK: torch.Tensor, amax_B: torch.Tensor) -> dict[str, torch.Tensor]:
+def quantize(
+    weight_BNK: torch.Tensor,
+    amax_B: torch.Tensor,
+    out: dict[str, torch.Tensor] | None = None,
+    scratch: Scratch | None = None,
+) -> dict[str, torch.Tensor]:
     """Quantize B matrices.
 
     Args:
         weight_BNK: bf16, fp16 or fp32, finite.
         amax_B: float32, at least the largest magnitude in each matrix.
+        out: where to put the result, by role.
+        scratch: where to keep temporaries.
 
     Returns:
         qweight e4m3 [B, N, K].
     """
+    scratch = scratch or Scratch(weight_BNK.device)
     scale = weight_scales(amax_B)["global_scale"].view(-1, 1, 1)
-    scaled = weight_BNK.to(torch.float32, copy=True).div_(scale)
-    return {"qweight": scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)}
+    scaled = scratch.empty("scaled", tuple(weight_BNK.shape), torch.float32).copy_(weight_BNK)
+    scaled /= scale
+    scaled.clamp_(-E4M3_MAX, E4M3_MAX)
+    qweight = out["qweight"].copy_(scaled) if out else scaled.to(torch.float8_e4m3fn)
+    return {"qweight": qweight}
 
 
 def dequantize(parts: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 
 from . import e2m1
 from .amax import abs_max, scale_of
+from .scratch import Scratch
 
 __all__ = ["BLOCK", "dequantize", "input_scale", "quantize", "weight_scales"]
 
@@ -36,25 +37,37 @@ def input_scale(amax_B: torch.Tensor) -> torch.Tensor:
     return scale_of(amax_B, e2m1.MAX * E4M3_MAX)
 
 
-def quantize(weight_BNK: torch.Tensor, amax_B: torch.Tensor) -> dict[str, torch.Tensor]:
+def quantize(
+    weight_BNK: torch.Tensor,
+    amax_B: torch.Tensor,
+    out: dict[str, torch.Tensor] | None = None,
+    scratch: Scratch | None = None,
+) -> dict[str, torch.Tensor]:
     """Quantize B matrices.
 
     Args:
         weight_BNK: bf16, fp16 or fp32, contiguous, finite, K a multiple of 16.
         amax_B: float32, at least the largest magnitude in each matrix.
+        out: where to put the result, by role.
+        scratch: where to keep temporaries.
 
     Returns:
         qweight uint8 [B, N, K/2] and block_scale e4m3 [B, N, K/16].
     """
+    scratch = scratch or Scratch(weight_BNK.device)
     B, N, K = weight_BNK.shape
     global_scale = weight_scales(amax_B)["global_scale"].view(B, 1, 1)
     blocks = weight_BNK.view(B, N, K // BLOCK, BLOCK)
-    scale = abs_max(blocks) / (e2m1.MAX * global_scale)
+    scale = abs_max(blocks, scratch) / (e2m1.MAX * global_scale)
     scale.masked_fill_(scale == 0, 1.0)
     block_scale = scale.clamp_(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
     divisor = block_scale.float() * global_scale
-    scaled = blocks.to(torch.float32, copy=True).div_(divisor.unsqueeze(-1))
-    return {"qweight": e2m1.encode(scaled.view(B, N, K)), "block_scale": block_scale}
+    scaled = scratch.empty("scaled", tuple(blocks.shape), torch.float32).copy_(blocks)
+    scaled /= divisor.unsqueeze(-1)
+    qweight = e2m1.encode(scaled.view(B, N, K), out["qweight"] if out else None, scratch)
+    if out:
+        block_scale = out["block_scale"].copy_(block_scale)
+    return {"qweight": qweight, "block_scale": block_scale}
 
 
 def dequantize(parts: dict[str, torch.Tensor]) -> torch.Tensor:
