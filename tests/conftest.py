@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -61,3 +62,25 @@ def read_json(path: Path):
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     return FIXTURES
+
+
+def write_headers(
+    folder: Path, shards: dict[str, dict[str, tuple[str, list[int]]]], config
+) -> Path:
+    """A checkpoint whose weights are all zero and take no disk: name -> (dtype, shape)."""
+    bits = {"BF16": 16, "F16": 16, "F32": 32, "I64": 64, "U8": 8, "F8_E4M3": 8, "BOOL": 8}
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, tensors in shards.items():
+        header, end = {}, 0
+        for name, (dtype, shape) in tensors.items():
+            start, end = end, end + math.prod(shape) * bits[dtype] // 8
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        with (folder / file).open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.truncate(8 + len(text) + end)
+    if len(shards) > 1:
+        weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -8,7 +8,7 @@ would leave its whole layer unquantized) and ``model.layers.1`` without a dot be
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 from ..errors import MoeCkptError, show
 from .matching import RUNTIMES, PartlyExcludedError, built_modules
@@ -46,7 +46,8 @@ def exclude_list(
     """
     built = built_modules(quantized)
     parts = dict.fromkeys(pattern for module in set_aside for pattern in _parts_of(module))
-    useful = [pattern for pattern in _PATTERNS if _hits(pattern, [*kept, *_ALWAYS])]
+    loose = built_modules([*kept, *_ALWAYS])
+    useful = [pattern for pattern in _PATTERNS if _hits(pattern, loose)]
     patterns = [pattern for pattern in (*parts, *useful) if not _hits(pattern, built)]
     found = sorted({*_ALWAYS, *kept, *patterns})
     _check(found, built, built_modules([*kept, *set_aside, *_ALWAYS]))
@@ -69,20 +70,28 @@ def _parts_of(module: str) -> tuple[str, ...]:
     return (f"{prefix}*",) if "mtp" in part else (f"{prefix}*", f"*{part}*")
 
 
-def _hits(pattern: str, modules: Iterable[str]) -> bool:
-    return any(excluded([pattern], module) for module in modules for excluded in RUNTIMES.values())
+def _hits(pattern: str, modules: Mapping[str, tuple[str, ...]]) -> bool:
+    return any(
+        excluded([pattern], module, members)
+        for module, members in modules.items()
+        for excluded in RUNTIMES.values()
+    )
 
 
-def _check(entries: list[str], quantized: list[str], kept: list[str]) -> None:
+def _check(
+    entries: list[str],
+    quantized: Mapping[str, tuple[str, ...]],
+    kept: Mapping[str, tuple[str, ...]],
+) -> None:
     for runtime, excluded in RUNTIMES.items():
         for modules, expected in ((quantized, False), (kept, True)):
-            for module in modules:
+            for module, members in modules.items():
                 try:
-                    found = excluded(entries, module)
+                    right = excluded(entries, module, members) == expected
                 except PartlyExcludedError:
-                    found = not expected
-                if found != expected:
+                    right = False
+                if not right:
                     raise MoeCkptError(
-                        f"{show(module)}: {runtime} would {'not ' * expected}quantize it, against "
-                        "the plan; please report this"
+                        f"{show(module)}: {runtime} would misread whether it is quantized; please "
+                        "report this"
                     )

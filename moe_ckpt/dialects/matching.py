@@ -36,39 +36,40 @@ class PartlyExcludedError(Exception):
     """Some members of a fused module are excluded, some are not: runtimes refuse to load it."""
 
 
-def built_modules(modules: Iterable[str]) -> list[str]:
-    """The modules a runtime builds for these: fused where all members are there.
+def built_modules(modules: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The modules a runtime builds for these, with their members: fused where all are there.
 
     >>> built_modules(["l.attn.q_proj", "l.attn.k_proj", "l.attn.v_proj", "l.attn.o_proj"])
-    ['l.attn.qkv_proj', 'l.attn.o_proj']
+    {'l.attn.qkv_proj': ('l.attn.q_proj', 'l.attn.k_proj', 'l.attn.v_proj'), \
+'l.attn.o_proj': ('l.attn.o_proj',)}
     """
     names = set(modules)
-    built: dict[str, None] = {}
+    built: dict[str, tuple[str, ...]] = {}
     for module in modules:
         parent, _, leaf = module.rpartition(".")
-        for fused, members in FUSED.items():
-            if leaf in members and all(f"{parent}.{member}" in names for member in members):
-                built[f"{parent}.{fused}"] = None
+        for fused, leaves in FUSED.items():
+            members = tuple(f"{parent}.{name}" for name in leaves)
+            if leaf in leaves and names.issuperset(members):
+                built[f"{parent}.{fused}"] = members
                 break
         else:
-            built[module] = None
-    return list(built)
+            built[module] = (module,)
+    return built
 
 
-def excluded_by_vllm(entries: Iterable[str], module: str) -> bool:
+def excluded_by_vllm(entries: Iterable[str], module: str, members: tuple[str, ...]) -> bool:
     """vLLM's decision for one module it builds; `PartlyExcludedError` where it refuses."""
     expanded: list[str] = []
     for entry in entries:
         expanded += [entry[:-1], f"{entry[:-1]}.*"] if entry.endswith("*") else [entry]
-    listed = set(expanded)
-    if _all_members(module, lambda name: name in listed):
+    if _all_listed(members, set(expanded).__contains__):
         return True
     if module.endswith(".experts") and any("experts" in e and module in e for e in expanded):
         return True
     return any(entry in module or _glob(module, entry) for entry in expanded)
 
 
-def excluded_by_sglang(entries: Iterable[str], module: str) -> bool:
+def excluded_by_sglang(entries: Iterable[str], module: str, members: tuple[str, ...]) -> bool:
     """SGLang's decision for one module it builds; `PartlyExcludedError` where it refuses."""
     entries = list(entries)
     candidates = (module, *module.split("."))
@@ -82,14 +83,12 @@ def excluded_by_sglang(entries: Iterable[str], module: str) -> bool:
     def listed(name: str) -> bool:
         return any(name == entry or name.startswith(entry + ".") for entry in entries)
 
-    return listed(module) or _all_members(module, listed)
+    return listed(module) or _all_listed(members, listed)
 
 
-def excluded_by_trtllm(entries: Iterable[str], module: str) -> bool:
+def excluded_by_trtllm(entries: Iterable[str], _module: str, members: tuple[str, ...]) -> bool:
     """TensorRT-LLM's decision: a fused module counts by its first member."""
-    parent, _, leaf = module.rpartition(".")
-    name = f"{parent}.{FUSED[leaf][0]}" if leaf in FUSED else module
-    parts = name.split(".")
+    parts = members[0].split(".")
     names = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
     return any(_glob(candidate, entry) for entry in entries for candidate in names)
 
@@ -105,10 +104,8 @@ def _glob(name: str, entry: str) -> bool:
     return name == entry or ("*" in entry and fnmatchcase(name, entry))
 
 
-def _all_members(module: str, listed: Callable[[str], bool]) -> bool:
-    parent, _, leaf = module.rpartition(".")
-    members = [f"{parent}.{member}" for member in FUSED.get(leaf, (leaf,))] if parent else [module]
+def _all_listed(members: tuple[str, ...], listed: Callable[[str], bool]) -> bool:
     found = [listed(name) for name in members]
     if any(found) and not all(found):
-        raise PartlyExcludedError(module)
+        raise PartlyExcludedError(members)
     return all(found)

@@ -216,13 +216,20 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="granitemoe",
-        model_types=("granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa"),
+        model_types=("granitemoe", "granitemoeshared", "granitemoehybrid"),
         split="block_sparse_moe.experts",
         fused=(
             ("block_sparse_moe", *INPUT_OUTPUT_LINEAR),
             ("block_sparse_moe.experts", *GATE_UP_PROJ),
         ),
         renames=(("block_sparse_moe.router.weight", "block_sparse_moe.router.layer.weight"),),
+        loaders=(VLLM, SGLANG),
+    ),
+    Family(
+        name="granitemoe_swa",
+        model_types=("granitemoe_swa",),
+        split="block_sparse_moe.experts",
+        fused=(("block_sparse_moe.experts", *GATE_UP_PROJ),),
         loaders=(VLLM, SGLANG),
     ),
 )

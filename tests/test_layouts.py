@@ -1,0 +1,244 @@
+"""Detection on headers that transformers writes for 48 model types, in both of its save modes.
+
+A is the default (the names of the original release), B is `save_original_format=False`. What is
+expected was written from what transformers and the loaders do, not from this package.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import FIXTURES, write_headers
+
+import moe_ckpt
+from moe_ckpt.errors import LayoutError
+from moe_ckpt.layouts.table import FAMILIES, UNSUPPORTED
+
+HEADERS = json.loads((FIXTURES / "layout-headers.json").read_text())
+
+SPLIT_AND_FUSED = """
+    mixtral phimoe minimax_m2 lfm2_moe qwen3_moe qwen3_next qwen3_5_moe qwen3_5_moe_text qwen4_exp
+    qwen4_exp_text deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe glm4_moe_lite glm4v_moe exaone_moe
+    cohere2_moe afmoe mellum solar_open dots1 hy_v3 axk1
+""".split()
+FUSED_IN_BOTH = (
+    "qwen3_vl_moe gemma4 diffusion_gemma granitemoehybrid granitemoe_swa mistral4".split()
+)
+ONLY_A = {
+    "glm5_next": "split",
+    "minimax_m3_vl": "split",
+    "kimi_linear": "split",
+    "axk2": "split",
+    "hy_v4": "fused",
+}
+REFUSED = """
+    gpt_oss openai_privacy_filter llama4_text llama4 dbrx ernie4_5_vl_moe step3p7 aria jetmoe
+    nemotron_h inkling_mm_model zaya nllb-moe
+""".split()
+ACCEPTED = {(name, "A"): "split" for name in SPLIT_AND_FUSED}
+ACCEPTED |= {(name, "B"): "fused" for name in SPLIT_AND_FUSED}
+ACCEPTED |= {(name, mode): "fused" for name in FUSED_IN_BOTH for mode in "AB"}
+ACCEPTED |= {(name, "A"): form for name, form in ONLY_A.items()}
+REFUSALS = [(name, mode) for name in REFUSED for mode in "AB"] + [(name, "B") for name in ONLY_A]
+
+
+def checkpoint(tmp_path, name, mode):
+    saved = HEADERS[name][mode]
+    return write_headers(
+        tmp_path / f"{name}-{mode}", {"model.safetensors": saved["header"]}, saved["config"]
+    )
+
+
+def plan_of(tmp_path, folder, quantize="experts"):
+    """A plan in a format that takes any size; the models here have I=24."""
+    stats = tmp_path / "stats.json"
+    stats.write_text('{"schema": "moe-ckpt/stats", "version": 1, "modules": {"none": {}}}')
+    return moe_ckpt.make_plan(
+        folder, format="fp8-tensor", stats=[stats], missing_stats="constant", quantize=quantize
+    )
+
+
+def test_every_header_has_an_expectation():
+    expected = set(ACCEPTED) | set(REFUSALS)
+    assert expected == {(name, mode) for name in HEADERS for mode in "AB"}
+
+
+@pytest.mark.parametrize(("name", "mode"), ACCEPTED)
+@pytest.mark.parametrize("quantize", ["experts", "linear"])
+def test_accepted(tmp_path, name, mode, quantize):
+    plan = plan_of(tmp_path, checkpoint(tmp_path, name, mode), quantize)
+    assert {found.form for found in plan.experts} == {ACCEPTED[name, mode]}
+    assert {(e.num_experts, e.intermediate, e.hidden) for e in plan.experts} == {(8, 24, 64)}
+
+
+@pytest.mark.parametrize(("name", "mode"), REFUSALS)
+def test_refused(tmp_path, name, mode):
+    with pytest.raises(LayoutError):
+        plan_of(tmp_path, checkpoint(tmp_path, name, mode))
+
+
+@pytest.mark.parametrize("name", SPLIT_AND_FUSED)
+def test_fused_form_gets_the_names_of_the_original_release(tmp_path, name):
+    plan = plan_of(tmp_path, checkpoint(tmp_path, name, "B"))
+    tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
+    scales = (".weight_scale", ".input_scale")
+    ours = {
+        tensor.name: list(tensor.shape) for tensor in tensors if not tensor.name.endswith(scales)
+    }
+    assert ours == {key: shape for key, (_, shape) in HEADERS[name]["A"]["header"].items()}
+
+
+@pytest.mark.parametrize(("name", "mode"), ACCEPTED)
+def test_every_source_tensor_goes_one_way(tmp_path, name, mode):
+    plan = plan_of(tmp_path, checkpoint(tmp_path, name, mode), "linear")
+    ranges = []
+    for shard in plan.shards:
+        ranges += [(c.read.offset, c.read.nbytes) for c in shard.copies]
+        ranges += [(r.offset, r.nbytes) for j in shard.jobs for s in j.slabs for r in s.reads]
+    end = plan.source_shards[0].nbytes - plan.source_nbytes
+    for offset, nbytes in sorted(r for r in ranges if r[1]):
+        assert offset == end
+        end += nbytes
+    assert end == plan.source_shards[0].nbytes
+
+
+def test_no_model_type_is_in_two_rows():
+    types = [t for family in FAMILIES for t in family.model_types] + list(UNSUPPORTED)
+    assert len(types) == len(set(types))
+
+
+# Below: one small fused checkpoint, changed in one way each.
+
+E, I, H = 4, 24, 64
+CONFIG = {
+    "model_type": "qwen3_moe",
+    "num_experts": E,
+    "moe_intermediate_size": I,
+    "hidden_size": H,
+    "num_hidden_layers": 2,
+}
+PREFIX = "model.layers.{}.mlp.experts"
+
+
+def fused(layers=2, gate_up=(E, 2 * I, H), down=(E, H, I), dtype="BF16"):
+    tensors = {}
+    for layer in range(layers):
+        tensors[PREFIX.format(layer) + ".gate_up_proj"] = (dtype, list(gate_up))
+        tensors[PREFIX.format(layer) + ".down_proj"] = (dtype, list(down))
+    return tensors
+
+
+def split(layer=0):
+    tensors = {}
+    for e in range(E):
+        for name, shape in (("gate", [I, H]), ("up", [I, H]), ("down", [H, I])):
+            tensors[f"{PREFIX.format(layer)}.{e}.{name}_proj.weight"] = ("BF16", shape)
+    return tensors
+
+
+def refusal(tmp_path, tensors, **config):
+    folder = write_headers(tmp_path / "in", {"model.safetensors": tensors}, CONFIG | config)
+    with pytest.raises(LayoutError) as caught:
+        plan_of(tmp_path, folder)
+    return caught.value.problems
+
+
+def test_both_forms_in_one_checkpoint(tmp_path):
+    folder = write_headers(tmp_path / "in", {"model.safetensors": fused(1) | split(1)}, CONFIG)
+    assert [found.form for found in plan_of(tmp_path, folder).experts] == ["fused", "split"]
+
+
+@pytest.mark.parametrize(("i", "h"), [(32, 64), (64, 64), (64, 128)])
+def test_square_matrices_are_read_as_the_table_says(tmp_path, i, h):
+    tensors = fused(gate_up=(E, 2 * i, h), down=(E, h, i))
+    config = CONFIG | {"moe_intermediate_size": i, "hidden_size": h}
+    folder = write_headers(tmp_path / "in", {"model.safetensors": tensors}, config)
+    found = plan_of(tmp_path, folder).experts[0]
+    assert (found.intermediate, found.hidden) == (i, h)
+
+
+@pytest.mark.parametrize(("i", "h"), [(32, 64), (64, 64)])
+def test_square_matrices_are_refused_where_both_orientations_exist(tmp_path, i, h):
+    tensors = fused(gate_up=(E, 2 * i, h), down=(E, h, i))
+    problems = refusal(
+        tmp_path, tensors, model_type="qwen3_vl_moe", moe_intermediate_size=i, hidden_size=h
+    )
+    assert "square" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "words"),
+    [
+        (fused(gate_up=(E, H, 2 * I), down=(E, I, H)), {}, ["transposed", "[4, 64, 48]"]),
+        (fused(gate_up=(E, 2 * I, H), down=(E, I, H)), {}, ["neither"]),
+        (fused(gate_up=(E, 2 * I + 1, H)), {}, ["[4, 49, 64]"]),
+        (fused(gate_up=(E + 1, 2 * I, H)), {}, ["5 and 4"]),
+        (fused(), {"num_experts": 8}, ["4 experts", "num_experts=8"]),
+        (fused(), {"num_experts": None}, ["4 experts", "nothing"]),
+        (fused(), {"moe_intermediate_size": 48}, ["24 rows", "moe_intermediate_size=48"]),
+        (fused(), {"hidden_size": 32}, ["64 columns", "hidden_size=32"]),
+        (fused(), {"num_local_experts": 8}, ["disagree", "num_local_experts=8"]),
+        (fused(dtype="U8"), {}, ["U8"]),
+        (fused(dtype="F8_E4M3"), {}, ["F8_E4M3"]),
+        (fused(gate_up=(E, 2 * I)), {}, ["3-D"]),
+        (fused(gate_up=(0, 2 * I, H), down=(0, H, I)), {}, ["3-D"]),
+        ({"model.norm.weight": ("BF16", [H])}, {}, ["no routed experts"]),
+        (fused(), {"model_type": "new_moe"}, ["new_moe", "qwen3_moe", "[4, 48, 64]"]),
+        (fused(), {"model_type": None}, ["''"]),
+        (fused(1) | split(0), {}, ["twice"]),
+        (
+            fused() | {PREFIX.format(0) + ".gate_up_proj_bias": ("BF16", [E, 2 * I])},
+            {},
+            ["gate_up_proj_bias"],
+        ),
+        (
+            {k: v for k, v in fused().items() if k != PREFIX.format(1) + ".down_proj"},
+            {},
+            ["layers.1", "gate_up_proj"],
+        ),
+        (
+            {k: v for k, v in split().items() if ".2.up" not in k},
+            {},
+            ["1 of 12", "up of expert 2"],
+        ),
+        (
+            split() | {PREFIX.format(0) + ".0.up_proj.weight": ("BF16", [I, H + 1])},
+            {},
+            ["[24, 65]"],
+        ),
+        (split() | {PREFIX.format(0) + ".1.up_proj.weight": ("BF16", [I, H + 1])}, {}, [".1.up"]),
+        (split() | {PREFIX.format(0) + ".0.up_proj.bias": ("BF16", [I])}, {}, ["up_proj.bias"]),
+        (
+            fused(1)
+            | {
+                PREFIX.format(1) + ".gate_up_proj": ("BF16", [E, 4 * I, H]),
+                PREFIX.format(1) + ".down_proj": ("BF16", [E, H, 2 * I]),
+            },
+            {"intermediate_size": 2 * I},
+            ["(4, 48, 64)", "(4, 24, 64)"],
+        ),
+        (fused() | {"model.layers.0.moe.weird": ("BF16", [E, 5, 5])}, {}, ["moe.weird"]),
+    ],
+)
+def test_refusals_give_the_evidence(tmp_path, tensors, config, words):
+    text = "\n".join(refusal(tmp_path, tensors, **config))
+    for word in words:
+        assert word in text, text
+
+
+def test_all_problems_are_reported_at_once(tmp_path):
+    tensors = fused(gate_up=(E + 1, 2 * I, H)) | {"model.layers.0.moe.weird": ("BF16", [E, 5, 5])}
+    assert len(refusal(tmp_path, tensors)) == 3  # two layers, and the unknown tensor
+
+
+@pytest.mark.parametrize("prefix", ["model.layers.2.mlp.experts", "mtp.layers.0.mlp.experts"])
+@pytest.mark.parametrize("form", ["split", "fused"])
+def test_multi_token_prediction_is_copied(tmp_path, prefix, form):
+    extra = fused(1) if form == "fused" else split(0)
+    extra = {name.replace(PREFIX.format(0), prefix): info for name, info in extra.items()}
+    extra[prefix.replace(".experts", ".gate.weight")] = ("BF16", [E, H])
+    folder = write_headers(tmp_path / "in", {"model.safetensors": fused() | extra}, CONFIG)
+    plan = plan_of(tmp_path, folder, "linear")
+    assert {copy.source for shard in plan.shards for copy in shard.copies} == set(extra)
+    assert len(plan.experts) == 2
