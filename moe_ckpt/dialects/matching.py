@@ -7,7 +7,8 @@ experts of a layer are one. The rules differ, so a list is right only if all of 
                   any entry as plain text inside the name; fnmatch. ``x*`` counts as ``x``
                   and ``x.*`` (modelopt.py, is_layer_excluded)
     SGLang        ``*`` as ``.*``, matched in full against the name or one component of it; or
-                  a name and everything under it; fused modules by their members
+                  a name and everything under it; fused modules by their members; and for
+                  MLA's projections, the last component of any entry, in any layer
                   (modelopt_quant.py, is_layer_excluded)
     TensorRT-LLM  fnmatch, case sensitive, against the name and its parents
 
@@ -30,6 +31,8 @@ FUSED: dict[str, tuple[str, ...]] = {
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
+
+_MLA_PROJECTIONS = frozenset({"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"})
 
 
 class PartlyExcludedError(Exception):
@@ -76,8 +79,11 @@ def excluded_by_sglang(entries: Iterable[str], module: str, members: tuple[str, 
     for entry in entries:
         if entry in candidates:
             return True
-        pattern = entry.replace("*", ".*")
+        pattern = entry.replace(".", r"\.").replace("*", ".*")
         if "*" in entry and any(re.fullmatch(pattern, candidate) for candidate in candidates):
+            return True
+        tail = entry.rpartition(".")[2]
+        if tail in _MLA_PROJECTIONS and tail in module.rpartition(".")[2]:
             return True
 
     def listed(name: str) -> bool:

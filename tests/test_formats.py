@@ -1,0 +1,187 @@
+"""Number formats: every rounding case, defined scales, decode against encode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_ckpt.formats import FORMATS, e2m1, find_format, fp8_tensor, nvfp4
+from moe_ckpt.formats.amax import abs_max
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def codes(values):
+    packed = e2m1.encode(torch.tensor(values, dtype=torch.float32).repeat_interleave(2))
+    assert torch.equal(packed & 15, packed >> 4)
+    return (packed & 15).tolist()
+
+
+@pytest.mark.parametrize(("code", "value"), list(enumerate(e2m1.VALUES)))
+def test_e2m1_holds_its_values(code, value):
+    assert codes([value]) == [code]
+    assert codes([-value]) == [code + 8 if value else 0]
+
+
+# value, code below it on a tie: half to even
+@pytest.mark.parametrize(
+    ("tie", "code"),
+    [(0.25, 0), (0.75, 2), (1.25, 2), (1.75, 4), (2.5, 4), (3.5, 6), (5.0, 6)],
+)
+def test_e2m1_rounds_ties_to_even(tie, code):
+    low = e2m1.VALUES.index(max(v for v in e2m1.VALUES if v < tie))
+    below, above = (torch.tensor(tie).nextafter(torch.tensor(x)).item() for x in (0.0, 9.0))
+    assert codes([below, tie, above]) == [low, code, low + 1]
+    assert codes([-below, -tie, -above]) == [low + 8, code + 8, low + 9]
+
+
+def test_e2m1_saturates_and_keeps_the_sign_of_what_rounds_to_zero():
+    assert codes([6.4, 7.0, 9.0, 1e4, -8.0]) == [7, 7, 7, 7, 15]
+    assert codes([1e-30, -1e-30, 0.0, -0.0]) == [0, 8, 0, 0]
+
+
+def test_e2m1_even_column_is_the_low_nibble():
+    assert e2m1.encode(torch.tensor([0.5, -6.0, 1.0, 0.0])).tolist() == [0xF1, 0x02]
+    assert e2m1.decode(torch.tensor([0xF1, 0x02], dtype=torch.uint8)).tolist() == [0.5, -6, 1, 0]
+
+
+@given(st.lists(st.floats(-6, 6, width=32), min_size=2, max_size=64))
+def test_e2m1_picks_the_nearest_value(values):
+    values = values[: len(values) // 2 * 2]
+    decoded = e2m1.decode(e2m1.encode(torch.tensor(values))).tolist()
+    for value, found in zip(values, decoded, strict=True):
+        assert abs(found - value) == min(abs(abs(value) - v) for v in e2m1.VALUES)
+
+
+def test_nvfp4_reference_vector():
+    """A vector that ModelOpt 0.47 and compressed-tensors 0.19 agree on but for the zero block."""
+    i = torch.arange(64)
+    w = ((37 * i) % 64 - 31.5) / 16
+    w[16:32] *= 0.01
+    w[48:64] = 0
+    w = w.to(torch.bfloat16).view(1, 2, 32)
+    amax = abs_max(w.flatten(1))
+    parts = nvfp4.quantize(w, amax)
+    assert amax.item() == 1.96875
+    assert nvfp4.weight_scales(amax)["global_scale"].item() == 0.000732421875
+    assert parts["block_scale"].view(torch.uint8).flatten().tolist() == [126, 73, 126, 56]
+    rows = [bytes(row.tolist()).hex() for row in parts["qweight"][0]]
+    assert rows == ["2f5e6cf9e3b6174e6d7ae2c5963f5e7c", "f0d4a6175e6df9e20000000000000000"]
+
+
+@pytest.mark.parametrize("codec", [nvfp4, fp8_tensor])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_zeros_have_defined_scales(codec, dtype):
+    w = torch.zeros(2, 4, 32, dtype=dtype)
+    w[1, 0, 0] = 1
+    amax = abs_max(w.flatten(1))
+    parts = codec.quantize(w, amax) | codec.weight_scales(amax)
+    assert parts["global_scale"][0] == 1
+    assert torch.equal(codec.dequantize(parts)[0], torch.zeros(4, 32))
+    if codec is nvfp4:
+        assert (parts["block_scale"][0].float() == 1).all()
+        assert (parts["block_scale"][1].float().flatten()[1:] == 1).all()
+    assert codec.input_scale(torch.zeros(1)) == 1
+
+
+EXTREMES = {
+    "smallest subnormals": [2.0**-133, -(2.0**-133)],
+    "largest": [3.38e38, -3.38e38, 1.0],
+    "far apart": [1e20, 1e-20, -1e-20],
+    "outlier": [1e6, 1e-3, -1e-3],
+    "negative zero": [-0.0, 0.0, 1.0],
+}
+
+
+@pytest.mark.parametrize("values", EXTREMES.values(), ids=EXTREMES.keys())
+@pytest.mark.parametrize("codec", [nvfp4, fp8_tensor])
+def test_extremes_keep_finite_positive_scales(codec, values):
+    w = torch.tensor(values).repeat(32)[:64].to(torch.bfloat16).view(1, 2, 32)
+    amax = abs_max(w.flatten(1))
+    parts = codec.quantize(w, amax) | codec.weight_scales(amax)
+    for role in ("global_scale", "block_scale"):
+        if role in parts:
+            scale = parts[role].float()
+            assert (scale > 0).all()
+            assert scale.isfinite().all()
+            assert (1 / scale).isfinite().all()
+    decoded = codec.dequantize(parts)
+    assert decoded.isfinite().all()
+    assert (decoded * w.float() >= 0).all()
+
+
+@pytest.mark.parametrize("codec", [nvfp4, fp8_tensor])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_error_is_within_half_a_step(codec, dtype):
+    torch.manual_seed(0)
+    w = (torch.randn(3, 16, 64) * torch.logspace(-3, 0, 64)).to(dtype)
+    amax = abs_max(w.flatten(1))
+    parts = codec.quantize(w, amax) | codec.weight_scales(amax)
+    error = (codec.dequantize(parts) - w.float()).abs()
+    if codec is nvfp4:
+        scale = parts["block_scale"].float().repeat_interleave(16, -1)
+        bound = 1.01 * scale * parts["global_scale"].view(-1, 1, 1)  # half of 4 to 6
+    else:
+        bound = w.float().abs() / 16 + parts["global_scale"].view(-1, 1, 1) * 2**-10
+    assert (error <= bound * 1.0001).all()
+
+
+@pytest.mark.parametrize("codec", [nvfp4, fp8_tensor])
+def test_the_amax_decides_not_the_matrix(codec):
+    """Gate and up share the larger amax: the smaller one must be quantized with it."""
+    w = torch.full((1, 2, 16), 0.5)
+    alone = codec.quantize(w, torch.tensor([0.5]))
+    shared = codec.quantize(w, torch.tensor([2.0]))
+    assert not all(
+        torch.equal(alone[role].view(torch.uint8), shared[role].view(torch.uint8)) for role in alone
+    )
+    for parts, amax in ((alone, 0.5), (shared, 2.0)):
+        scales = codec.weight_scales(torch.tensor([amax]))
+        assert torch.allclose(codec.dequantize(parts | scales), w, rtol=0.07)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_rows_and_matrices_are_independent(data):
+    """A chunk of the rows gives the same bytes as the whole: what streaming rests on."""
+    B, N, K = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 6), st.sampled_from([16, 48])))
+    codec = data.draw(st.sampled_from([nvfp4, fp8_tensor]))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    w = torch.randn(B, N, K).to(data.draw(st.sampled_from(FLOATS)))
+    amax = abs_max(w.flatten(1))
+    whole = codec.quantize(w, amax)
+    b, n = data.draw(st.integers(0, B - 1)), data.draw(st.integers(0, N - 1))
+    part = codec.quantize(w[b : b + 1, n:], amax[b : b + 1])
+    for role, tensor in part.items():
+        assert torch.equal(tensor.view(torch.uint8), whole[role][b : b + 1, n:].view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_abs_max_is_not_finite_if_a_value_is_not(dtype, bad):
+    w = torch.randn(4, 64).to(dtype)
+    assert torch.equal(abs_max(w), w.float().abs().amax(-1))
+    w[2, 5] = bad
+    assert abs_max(w).isfinite().tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("row", FORMATS, ids=lambda row: row.name)
+def test_rows_describe_what_the_module_makes(row):
+    w = torch.randn(1, 8, 32)
+    made = row.codec().quantize(w, abs_max(w.flatten(1)))
+    scalars = row.codec().weight_scales(torch.ones(1))
+    for part in row.parts:
+        if part.role == "input_scale":
+            assert row.input_scale
+        elif part.columns_per_item:
+            assert tuple(made[part.role].shape[1:]) == part.shape(8, 32)
+            assert made[part.role][0, 0].view(torch.uint8).numel() == part.row_nbytes(32)
+        else:
+            assert scalars[part.role].dtype == torch.float32
+
+
+def test_bits_per_weight():
+    assert find_format("nvfp4").bits_per_weight() == 4.5
+    assert find_format("fp8-tensor").bits_per_weight() == 8
