@@ -8,7 +8,6 @@ duplicate keys refused as well.
 from __future__ import annotations
 
 import os
-import stat
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from typing import Any, TypeGuard
 
 from .dtypes import BITS, nbytes_of
 from .errors import CheckpointError, Problems, show, show_some
-from .strict_json import parse_object, read_regular, type_name
+from .regular import open_regular, read_regular
+from .strict_json import parse_object, type_name
 
 __all__ = ["Shard", "SideFile", "Source", "TensorInfo", "open_source", "read_header"]
 
@@ -137,18 +137,10 @@ def read_header(path: Path) -> tuple[Shard, list[TensorInfo]]:
         CheckpointError: naming the file, and the tensor where one is at fault.
     """
     name = path.name
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{show(name)}: shard is missing; download the checkpoint again"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"{show(name)}: cannot be opened: {error.strerror}") from None
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{show(name)}: shard is missing; download the checkpoint again")
+    fd, status = open_regular(path, CheckpointError)
     with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{show(name)}: is not a regular file")
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if length == 0 or length > HEADER_CAP_NBYTES or 8 + length > status.st_size:

@@ -8,6 +8,7 @@ once, before a byte of weights is read.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -104,12 +105,8 @@ def parse_size(size: str | int) -> int:
     >>> parse_size("5GB"), parse_size("1.5 MiB"), parse_size(1000)
     (5000000000, 1572864, 1000)
     """
-    text = str(size).strip().upper()
-    digits = text.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ ")
-    try:
-        nbytes = int(float(digits) * _UNITS[text[len(digits) :].strip()])
-    except (KeyError, ValueError, OverflowError):
-        nbytes = 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Z]*)", str(size).strip().upper())
+    nbytes = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
     if nbytes < 1:
         raise UsageError(f"size {show(size)!r} is not a number of bytes such as 5GB or 512MiB")
     return nbytes

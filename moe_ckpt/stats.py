@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import Problems, StatsError, show, show_some
-from .strict_json import parse_object, read_regular, type_name
+from .regular import read_regular
+from .strict_json import parse_object, type_name
 
 __all__ = ["Amax", "Stats", "read_stats"]
 

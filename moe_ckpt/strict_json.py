@@ -3,35 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import stat
-from pathlib import Path
 from typing import Any
 
 from .errors import InputError, show
-
-
-def read_regular(path: Path, cap_nbytes: int, kind: type[InputError]) -> bytes:
-    """The bytes of a regular file of at most ``cap_nbytes``.
-
-    Symbolic links are followed; folders, FIFOs and devices are refused without blocking.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise kind(f"{show(path.name)}: cannot be opened: {error.strerror}") from None
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise kind(f"{show(path.name)}: is not a regular file")
-        if status.st_size > cap_nbytes:
-            raise kind(
-                f"{show(path.name)}: is {status.st_size} bytes, more than the {cap_nbytes} allowed"
-            )
-        with os.fdopen(os.dup(fd), "rb") as file:
-            return file.read()
-    finally:
-        os.close(fd)
 
 
 def parse(text: bytes, where: str, kind: type[InputError], *, constants: bool = False) -> Any:

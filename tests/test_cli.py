@@ -1,0 +1,218 @@
+"""The installed command: exit codes, streams, and what a user reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import FIXTURES, read_files, run_cli
+
+import moe_ckpt
+
+SOURCE = FIXTURES / "qwen3_moe" / "source"
+STATS = FIXTURES / "qwen3_moe" / "stats.json"
+
+
+def test_convert_with_statistics(tmp_path):
+    done = run_cli("convert", SOURCE, tmp_path / "out", "--stats", STATS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "wrote model.safetensors of 1" in done.stderr
+    assert "48 matrices quantized to nvfp4, 21 tensors copied" in done.stderr
+    assert "warning" not in done.stderr.replace("0 warnings", "")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        *(".moe-ckpt", "config.json", "generation_config.json", "hf_quant_config.json"),
+        "model.safetensors",
+    }
+
+
+def test_quiet_prints_nothing(tmp_path):
+    done = run_cli("convert", SOURCE, tmp_path / "out", "-q")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_without_statistics_one_line_says_so(tmp_path):
+    done = run_cli("convert", SOURCE, tmp_path / "out")
+    assert done.stderr.count("every quantized module gets input_scale 1.0") == 1
+
+
+def test_json_is_one_document_on_stdout(tmp_path):
+    done = run_cli("convert", SOURCE, tmp_path / "out", "--json", "-v")
+    document = json.loads(done.stdout)
+    assert document["result"]["out_dir"] == str(tmp_path / "out")
+    assert document["quantized"]["matrices"] == 48
+    dry = json.loads(run_cli("convert", SOURCE, tmp_path / "b", "--json", "--dry-run").stdout)
+    assert {k: v for k, v in document.items() if k != "result"} == dry
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    done = run_cli("convert", SOURCE, tmp_path / "out", "--dry-run")
+    assert done.returncode == 0
+    assert not (tmp_path / "out").exists()
+    for text in (
+        "qwen3_moe, family qwen_moe",
+        "2 layers x 8 experts, fused",
+        "[8, 96, 64] with down_proj [8, 64, 48]; E=8 (num_local_experts), I=48",
+        "not a routed expert",
+        "router",
+        "6 -> 1 shards",
+        "of memory",
+    ):
+        assert text in done.stderr
+
+
+def test_dry_run_tells_the_sizes_that_conversion_writes(tmp_path):
+    dry = json.loads(run_cli("convert", SOURCE, tmp_path / "out", "--json", "--dry-run").stdout)
+    assert run_cli("convert", SOURCE, tmp_path / "out", "-q").returncode == 0
+    files = read_files(tmp_path / "out")
+    assert sum(map(len, files.values())) == dry["output"]["write_nbytes"]
+    for shard in dry["output"]["shards"]:
+        assert len(files[shard["name"]]) == shard["nbytes"]
+    assert set(dry["output"]["files"]) == set(files) - {"model.safetensors"}
+
+
+def test_inspect(tmp_path):
+    done = run_cli("inspect", SOURCE)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "2 layers x 8 experts, fused" in done.stderr
+    document = json.loads(run_cli("inspect", SOURCE, "--json").stdout)
+    assert document == moe_ckpt.inspect(SOURCE)
+    assert document["experts"][0]["num_experts"] == 8
+
+
+def test_inspect_reads_no_weights(tmp_path):
+    """Weights that are not there cannot be read: the files are cut after their headers."""
+    shutil.copytree(SOURCE, tmp_path / "in")
+    whole = json.loads(run_cli("inspect", tmp_path / "in", "--json").stdout)
+    for path in (tmp_path / "in").glob("*.safetensors"):
+        data = path.read_bytes()
+        header = 8 + int.from_bytes(data[:8], "little")
+        path.write_bytes(data[:header])
+        os.truncate(path, len(data))  # a hole
+    assert json.loads(run_cli("inspect", tmp_path / "in", "--json").stdout) == whole
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "text"),
+    [
+        ((), 2, "Usage"),
+        (("convert",), 2, "Missing argument"),
+        (("convert", "IN", "OUT", "--format", "int3"), 2, "nvfp4-w4a16"),
+        (("convert", "IN", "OUT", "--quantize", "all"), 2, "experts, linear"),
+        (("convert", "IN", "OUT", "--format", "fp8-tensor"), 2, "nvfp4-w4a16"),
+        (("convert", "IN", "OUT", "--max-shard-size", "big"), 2, "5GB"),
+        (("convert", "IN", "OUT", "--max-shard-size", "0"), 2, "5GB"),
+        (("convert", "IN", "OUT", "--device", "tpu"), 2, "cuda:N"),
+        (("convert", "IN", "OUT", "--missing-stats", "x"), 2, "constant"),
+        (("convert", "IN", "OUT", "--device", "cuda:99"), 5, "--device cpu"),
+        (("convert", "/nowhere", "OUT"), 3, "is not a folder"),
+        (("convert", "IN", "OUT", "--stats", "/nowhere"), 3, "No such file"),
+        (("inspect", "OUT"), 3, "is not a folder"),
+    ],
+)
+def test_exit_codes(tmp_path, args, code, text):
+    paths = {"IN": SOURCE, "OUT": tmp_path / "out"}
+    done = run_cli(*(paths.get(arg, arg) for arg in args))
+    assert done.returncode == code, done.stderr
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_are_lines_that_name_the_file(tmp_path):
+    shutil.copytree(SOURCE, tmp_path / "in")
+    first, second = sorted((tmp_path / "in").glob("*.safetensors"))[:2]
+    first.write_bytes(first.read_bytes()[:-1])
+    second.unlink()
+    done = run_cli("convert", tmp_path / "in", tmp_path / "out")
+    assert done.returncode == 3
+    lines = done.stderr.splitlines()
+    assert [
+        line.startswith(f"moe-ckpt: error: {p.name}: ")
+        for line, p in zip(lines, (first, second), strict=True)
+    ]
+
+
+def test_torch_is_loaded_only_to_convert():
+    code = (
+        "import sys, moe_ckpt, moe_ckpt.cli, moe_ckpt.planner, moe_ckpt.report, moe_ckpt.stats;"
+        "moe_ckpt.make_plan(sys.argv[1]); moe_ckpt.inspect(sys.argv[1]);"
+        "print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(SOURCE)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_help_imports_only_what_it_needs():
+    code = (
+        "import sys; from moe_ckpt.cli import cli; cli(['--help'], standalone_mode=False);"
+        "print(sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for module in ("torch", "numpy", "tqdm", "safetensors", "moe_ckpt.planner"):
+        assert f"'{module}'" not in done.stdout
+
+
+def test_the_public_functions_stay_functions(tmp_path):
+    """Importing a submodule must not replace a function of the same name."""
+    moe_ckpt.convert(SOURCE, tmp_path / "out")
+    assert callable(moe_ckpt.convert)
+    assert callable(moe_ckpt.inspect)
+    assert callable(moe_ckpt.make_plan)
+    with pytest.raises(AttributeError):
+        _ = moe_ckpt.nothing
+
+
+@pytest.fixture
+def slow_model(tmp_path):
+    """A checkpoint that takes some seconds: sparse, so zeros, and no disk."""
+    from conftest import write_headers
+
+    E, I, H = 64, 512, 1024
+    tensors = {}
+    for layer in range(4):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        tensors[f"{prefix}.gate_up_proj"] = ("BF16", [E, 2 * I, H])
+        tensors[f"{prefix}.down_proj"] = ("BF16", [E, H, I])
+    config = {"model_type": "qwen3_moe", "num_experts": E, "moe_intermediate_size": I}
+    config |= {"hidden_size": H, "num_hidden_layers": 4}
+    return write_headers(tmp_path / "in", {"model.safetensors": tensors}, config)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_interrupted(tmp_path, slow_model, number, code):
+    out = tmp_path / "new" / "out"
+    command = Path(sys.executable).with_name("moe-ckpt")
+    args = [command, "convert", slow_model, out, "--max-shard-size", "40MB"]
+    with subprocess.Popen(args, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while not list(out.glob("*.safetensors")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        errors = process.stderr.read()
+        assert process.wait(60) == code
+    assert "Traceback" not in errors
+    assert not (out / "config.json").exists()
+    assert not list(out.glob("*.index.json"))
+    if number == signal.SIGKILL:
+        assert list(out.glob("*.safetensors"))
+        again = run_cli("convert", slow_model, out, "-q", "--max-shard-size", "40MB")
+        assert again.returncode == 4
+        assert "--overwrite" in again.stderr
+    else:
+        assert re.search(r"^moe-ckpt: error: interrupted", errors, re.MULTILINE)
+        assert not (tmp_path / "new").exists()

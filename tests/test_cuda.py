@@ -1,0 +1,45 @@
+"""The CUDA path: the same code on device tensors, the same bytes as on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import FIXTURES, read_files
+
+import moe_ckpt
+from moe_ckpt.formats import FORMATS
+from moe_ckpt.formats.amax import abs_max
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("model", ["qwen3_moe", "mixtral", "deepseek_v3", "qwen2_moe"])
+@pytest.mark.parametrize("row", FORMATS, ids=lambda row: row.name)
+def test_same_files(tmp_path, model, row):
+    options = {"format": row.name, "quantize": "linear"}
+    if row.input_scale:
+        options["stats"] = [FIXTURES / model / "stats.json"]
+    for device in ("cpu", "cuda"):
+        moe_ckpt.convert(FIXTURES / model / "source", tmp_path / device, device=device, **options)
+    assert read_files(tmp_path / "cpu") == read_files(tmp_path / "cuda")
+
+
+@pytest.mark.parametrize("row", FORMATS, ids=lambda row: row.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_same_bytes_for_adversarial_weights(row, dtype):
+    """Ties, negative zeros, subnormals and zero blocks, in every scale."""
+    torch.manual_seed(0)
+    grid = torch.tensor([0.25, 0.5, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 7.0])
+    w = grid[torch.randint(0, 10, (8, 64, 512))] * torch.randint(-1, 2, (8, 64, 512))
+    w *= torch.logspace(-30, 3, 8).view(-1, 1, 1) if dtype != torch.float16 else 0.01
+    w[3] = -0.0
+    w = w.to(dtype)
+    amax = abs_max(w.flatten(1))
+    cpu, cuda = row.codec().quantize(w, amax), row.codec().quantize(w.cuda(), amax.cuda())
+    for role, tensor in cpu.items():
+        assert torch.equal(tensor.view(torch.uint8), cuda[role].cpu().view(torch.uint8)), role
+    for role, tensor in row.codec().weight_scales(amax).items():
+        assert torch.equal(tensor, row.codec().weight_scales(amax.cuda())[role].cpu())
