@@ -297,6 +297,8 @@ def _side_files(root: Path, shards: set[str]) -> tuple[list[SideFile], list[str]
         name = path.relative_to(root).as_posix()
         if name in shards or name in _REWRITTEN:
             continue
+        if name == INDEX:
+            continue
         if path.suffix in _OTHER_WEIGHTS or _is_other_index(path.name):
             left_out.append(name)
             continue

@@ -210,6 +210,7 @@ class _Progress:
         terminal = sys.stderr.isatty()
         self._lines = not terminal and not quiet
         self._shards = len(plan.shards)
+        self._done = 0
         self._bar = tqdm(
             total=plan.read_nbytes,
             unit="B",
@@ -230,7 +231,8 @@ class _Progress:
         if shard is not None and self._lines:
             from .report import size
 
-            _say([f"wrote {shard.name} of {self._shards}, {size(shard.nbytes)}"])
+            self._done += 1
+            _say([f"shard {self._done} of {self._shards}: {shard.name}, {size(shard.nbytes)}"])
 
 
 def _result_lines(result: Result) -> Iterable[str]:
@@ -245,6 +247,6 @@ def _result_lines(result: Result) -> Iterable[str]:
     yield (
         f"{result.seconds:.1f} s on {result.device}, "
         f"{size(plan.read_nbytes / max(result.seconds, 1e-9))}/s; "
-        f"{len(plan.warnings)} warnings"
+        f"{len(plan.warnings) or 'no'} warnings"
     )
     yield f"written to {show(result.out_dir)}"

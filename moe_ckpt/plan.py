@@ -142,6 +142,7 @@ class Plan:
     """A conversion, decided.
 
     ``files`` are the configuration files, name -> text, in the order they are written.
+    ``loaders`` are the runtimes known to read the result.
     ``kept`` counts what is copied, reason -> (tensors, bytes).
     """
 

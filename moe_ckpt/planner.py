@@ -16,7 +16,7 @@ from math import prod
 from . import plan as planned
 from .calibration import Calibration
 from .checkpoint import Source, TensorInfo, open_source
-from .dialects import config_files, suffix_of
+from .dialects import LOADERS, config_files, suffix_of
 from .dialects.exclude import exclude_list
 from .dtypes import nbytes_of
 from .errors import (
@@ -189,7 +189,7 @@ class _Planner:
             root=source.root,
             model_type=detection.model_type,
             family=detection.family.name,
-            loaders=detection.family.loaders,
+            loaders=self._loaders(),
             format=self.format.name,
             quantize=self.quantize,
             source_shards=tuple(source.shards.values()),
@@ -219,6 +219,7 @@ class _Planner:
             notes=self._notes(stats_files, calibration),
             warnings=(
                 *source.warnings,
+                *self._loader_warnings(),
                 *(calibration.warnings(source.tensors) if calibration else ()),
             ),
         )
@@ -245,6 +246,23 @@ class _Planner:
                 f"names that loaders read, such as {show(example)}"
             )
         return tuple(notes)
+
+    def _loaders(self) -> tuple[str, ...]:
+        """Who reads both the family's names and the format; TensorRT-LLM by the format alone."""
+        known = self.detection.family.loaders
+        return tuple(
+            name
+            for name in LOADERS[self.format.name]
+            if name in known or (name == "TensorRT-LLM" and set(known) & {"vLLM", "SGLang"})
+        )
+
+    def _loader_warnings(self) -> list[str]:
+        if self._loaders():
+            return []
+        return [
+            f"no runtime is known to load {self.format.name} of model type "
+            f"{show(self.detection.model_type)}; try the result before you rely on it"
+        ]
 
     def _output(self, name: str) -> str:
         """The output name of a source tensor, or of a source module."""

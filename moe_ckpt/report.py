@@ -31,7 +31,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "digest": plan.digest(),
         "model_type": plan.model_type,
         "family": plan.family,
-        "loaders_of_family": list(plan.loaders),
+        "loads_in": list(plan.loaders),
         "format": plan.format,
         "quantize": plan.quantize,
         "experts": [
@@ -87,7 +87,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         yield f"Evidence  {example.evidence}"
         names = f"{show(example.output)}.0 ... {example.num_experts - 1}"
         yield f"Become    {names}"
-    yield f"Format    {plan.format}, modelopt dialect; the family loads in {_list(plan.loaders)}"
+    yield f"Format    {plan.format}, spelled as ModelOpt does"
+    yield f"Loads in  {_list(plan.loaders) or 'no runtime known'}; not in transformers"
     yield ""
     rows = [
         ("quantized", f"{plan.quantized_matrices:,} matrices", size(plan.quantized_nbytes), ""),

@@ -19,7 +19,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["config_files", "suffix_of"]
+__all__ = ["LOADERS", "config_files", "suffix_of"]
+
+# Who reads which format of this dialect. transformers has no quantizer for it and would load
+# the codes as if they were weights.
+LOADERS: Mapping[str, tuple[str, ...]] = {
+    "nvfp4": ("vLLM", "SGLang", "TensorRT-LLM"),
+    "nvfp4-w4a16": ("vLLM",),
+    "fp8-tensor": ("vLLM", "SGLang", "TensorRT-LLM"),
+}
 
 # Consumers look for the producer "modelopt"; the version is the one whose files these equal.
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}

@@ -38,7 +38,7 @@ class Family:
         turn back; a checkpoint that has them is refused.
     ``either_orientation``: files with both orientations exist under the same names, so the
         shapes alone decide and a square matrix cannot be told.
-    ``loaders``: which load the split form, for unquantized weights.
+    ``loaders``: which have the model and read the split form.
     """
 
     name: str

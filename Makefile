@@ -1,0 +1,32 @@
+# Two commands: `make demo` converts a small checkpoint and compares the result with ModelOpt's;
+# `make test` runs all tests. Both create the environment if it is not there.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+MODEL := fixtures/qwen3_moe
+DEMO := build/demo
+
+.PHONY: demo test lint clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	rm -rf $(DEMO)
+	$(BIN)/moe-ckpt convert $(MODEL)/source $(DEMO) --stats $(MODEL)/stats.json --quantize linear -v
+	@echo
+	$(BIN)/python bench/compare.py $(DEMO) $(MODEL)/modelopt-nvfp4
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist
