@@ -32,7 +32,7 @@ _OTHER_WEIGHTS = (
     ".bin .ckpt .gguf .h5 .mlmodel .msgpack .npy .npz .onnx .ot .pickle .pkl .pt .pth .safetensors"
 ).split()
 _SKIPPED_FOLDERS = {".cache", ".git", ".moe-ckpt", "original"}
-_REWRITTEN = {CONFIG, "hf_quant_config.json", "moe_ckpt.json"}
+_REWRITTEN = {CONFIG, INDEX, "hf_quant_config.json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,8 +296,6 @@ def _side_files(root: Path, shards: set[str]) -> tuple[list[SideFile], list[str]
     for path in sorted(_walk(root)):
         name = path.relative_to(root).as_posix()
         if name in shards or name in _REWRITTEN:
-            continue
-        if name == INDEX:
             continue
         if path.suffix in _OTHER_WEIGHTS or _is_other_index(path.name):
             left_out.append(name)

@@ -222,8 +222,8 @@ def _environment_faults() -> Iterator[None]:
     except OSError as error:
         name = f"{show(error.filename)}: " if error.filename else ""
         raise EnvironmentFaultError(
-            f"{name}{error.strerror or show(error)}; the output was removed, run again once it is "
-            "mended"
+            f"{name}{error.strerror or show(error)}; nothing usable was left in the output folder, "
+            "run again once this is mended"
         ) from error
     except RuntimeError as error:
         if "CUDA" not in str(error):

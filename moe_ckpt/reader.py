@@ -31,7 +31,11 @@ class SourceReader:
         position = read.offset + start
         filled = 0
         while filled < len(into):
-            count = os.preadv(fd, [into[filled:]], position + filled)
+            try:
+                count = os.preadv(fd, [into[filled:]], position + filled)
+            except OSError as error:
+                path = str(self._shards[read.shard].path)
+                raise OSError(error.errno, error.strerror, path) from error
             if count == 0:
                 raise _changed(read.shard)
             filled += count

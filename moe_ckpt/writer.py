@@ -91,19 +91,22 @@ class OutputFolder:
         stale = check_out_dir(plan.root, out_dir, overwrite=overwrite)
         self.root = out_dir
         self._created = [p for p in (out_dir, *out_dir.parents) if not p.exists()]
+        self._names = [shard.name for shard in plan.shards]
+        self._names += [file.name for file in plan.side_files]
+        self._names += [*plan.files, *([INDEX] if len(plan.shards) > 1 else [])]
         self._refuse_if_full(plan, stale)
         for path in stale:
             path.unlink()
         for folder in sorted({p.parent for p in stale} - {out_dir}, reverse=True):
             with suppress(OSError):
                 folder.rmdir()
-        (out_dir / PRIVATE).mkdir(parents=True, exist_ok=True)
-        names = [shard.name for shard in plan.shards]
-        names += [file.name for file in plan.side_files]
-        names += [*plan.files, *([INDEX] if len(plan.shards) > 1 else [])]
-        self._names = names
-        record = {"tool": "moe-ckpt", "files": sorted(names)}
-        self.write_text(f"{PRIVATE}/{WRITTEN}", json.dumps(record, indent=1) + "\n")
+        record = {"tool": "moe-ckpt", "files": sorted(self._names)}
+        try:
+            (out_dir / PRIVATE).mkdir(parents=True, exist_ok=True)
+            self.write_text(f"{PRIVATE}/{WRITTEN}", json.dumps(record, indent=1) + "\n")
+        except BaseException:
+            self.discard()
+            raise
 
     def open_shard(self, shard: OutShard) -> ShardWriter:
         """Start a shard under a temporary name."""
@@ -180,27 +183,36 @@ class ShardWriter:
             header = header_of(shard.tensors)
             self._data_start = len(header)
             self.write(-len(header), memoryview(header))
-        except BaseException:
+        except OSError as error:
             os.close(self._fd)
-            raise
+            raise self._failed(error) from error
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write bytes at an offset of the shard's data."""
         position = self._data_start + offset
-        while data.nbytes:
-            count = os.pwrite(self._fd, data, position)
-            data, position = data[count:], position + count
+        try:
+            while data.nbytes:
+                count = os.pwrite(self._fd, data, position)
+                data, position = data[count:], position + count
+        except OSError as error:
+            raise self._failed(error) from error
 
     def finish(self) -> None:
         """Flush to disk, let the safetensors library read the header, and rename."""
         try:
             os.fsync(self._fd)
+        except OSError as error:
+            raise self._failed(error) from error
         finally:
             os.close(self._fd)
         with safe_open(self._partial, framework="np") as file:
             if len(file.keys()) != len(self._shard.tensors):
                 raise MoeCkptError(f"{self._shard.name}: does not read back; please report this")
         _publish(self._partial, self._final)
+
+    def _failed(self, error: OSError) -> OSError:
+        """The error with the name of the shard, which a file descriptor does not carry."""
+        return OSError(error.errno, error.strerror, str(self._final))
 
     def abandon(self) -> None:
         """Close without publishing; `OutputFolder.discard` removes the file."""
