@@ -7,7 +7,8 @@ An expert that no token reached therefore gets its layer's value, and is counted
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 
 from .checkpoint import TensorInfo
 from .errors import Problems, StatsError, show, show_some
@@ -76,7 +77,8 @@ class Calibration:
         outputs = []
         for source, output in names:
             outputs.append(output)
-            values += [self._find_number(name, problems) for name in {source, output}]
+            names_of_it = {source, output, *self._transformers_names(output)}
+            values += [self._find_number(name, problems) for name in names_of_it]
         found = largest(values)
         if found is None:
             self._missing(", ".join(outputs), problems)
@@ -114,7 +116,17 @@ class Calibration:
             f"{experts.layer}.{path}.{(down if is_down else gate_up).removesuffix('.weight')}"
             for path, gate_up, down in self.detection.family.fused
         }
-        return names | {f"{experts.output}.{'down_proj' if is_down else 'gate_up_proj'}"}
+        leaf = "down_proj" if is_down else "gate_up_proj"
+        return names | {f"{experts.output}.{leaf}", f"{experts.layer}.mlp.experts.{leaf}"}
+
+    def _transformers_names(self, output: str) -> Iterator[str]:
+        """What transformers may call a module that loaders call ``output``."""
+        for stack in self.detection.stacks:
+            match = re.match(rf"({re.escape(stack)}\.\d+)\.", output)
+            for theirs, ours in self.detection.family.renames if match else ():
+                rest = f"{output[match.end() :]}." if match else ""
+                if rest.startswith(ours) and match:
+                    yield f"{match[1]}.{theirs}{rest.removeprefix(ours)}".rstrip(".")
 
     def _find(self, name: str) -> Amax:
         self._known.add(name)

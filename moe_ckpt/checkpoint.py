@@ -249,7 +249,7 @@ def _shards_in(root: Path) -> set[str]:
 
 
 def _only_shard(root: Path) -> str:
-    shards = sorted(_shards_in(root))
+    shards = sorted(name for name in _shards_in(root) if not _is_other_index(name))
     if len(shards) == 1:
         return shards[0]
     if shards:

@@ -2,40 +2,43 @@
 
 A linear layer is a module with a 2-D floating-point ``weight`` that no rule below sets aside.
 The rules are those of ModelOpt's default configuration (default_disabled_quantizers.yaml, and
-quant_utils.py, _get_unquantized_moe_router_names), with multi-token prediction recognised by
-layer number as well, and without DeepSeek's sparse-attention indexer, which vLLM builds
-unquantized.
+quant_utils.py, _get_unquantized_moe_router_names), with three differences: multi-token
+prediction is recognised by layer number as well; audio towers stay as vision towers do; and so
+does DeepSeek's sparse-attention indexer, of which vLLM builds a part unquantized always.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
 
 from .dtypes import FLOATS
 
-__all__ = ["amax_groups", "is_matrix", "module_of", "reason_to_keep", "reason_to_set_aside"]
+__all__ = ["Aside", "amax_groups", "is_matrix", "module_of", "reason_to_keep", "set_aside"]
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
+_LAYER = re.compile(r"(.+?)\.(\d+)\.")
+
+_MTP = "multi-token prediction"
+_TOWER = "vision or audio part"
+_SPEECH = "speech generation part"
 
 # Whole parts of a model that stay as they are, their experts included.
-_SET_ASIDE: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("multi-token prediction", re.compile(r"(^|\.)(mtp|model\.mtp)\w*\.|(^|\.)eh_proj(\.|$)")),
-    (
-        "vision or audio part",
-        re.compile(
-            r"(^|\.)(visual|vision_tower|vision_model|vision_encoder|embed_vision|audio|audio_tower"
-            r"|audio_encoder|embed_audio|multi_modal_projector|mm_projector|patch_merge_mlp"
-            r"|vision_embed_tokens|resampler_model|projector)\."
-        ),
+_SET_ASIDE = {
+    **dict.fromkeys("mtp mtp_layers mtp_block eh_proj".split(), _MTP),
+    **dict.fromkeys(
+        "visual vision_tower vision_model vision_encoder vision_embed_tokens embed_vision audio "
+        "audio_tower audio_encoder audio_model embed_audio multi_modal_projector mm_projector "
+        "patch_merge_mlp resampler_model projector".split(),
+        _TOWER,
     ),
-    ("speech generation part", re.compile(r"^(talker|code2wav|code_predictor|token2wav)\.")),
-)
+    **dict.fromkeys("talker code2wav code_predictor token2wav".split(), _SPEECH),
+}
 
 # Modules that look like linear layers and stay as they are.
 _KEEP: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("output head", re.compile(r"(^|\.)(lm_head|output_layer|unembed|proj_out|output|score)$")),
-    ("embedding", re.compile(r"(^|\.)(\w*embed(ding)?s?(_tokens|_in|_out)?|wte|wpe)$")),
+    ("embedding", re.compile(r"embed|(^|\.)(wte|wpe)$")),
     ("router", re.compile(r"(^|\.)(gate|wg|\w*router\w*|shared_expert_gate)(\.|$)")),
     ("norm", re.compile(r"norm\w*$")),
     ("convolution", re.compile(r"conv(1d)?$")),
@@ -43,17 +46,30 @@ _KEEP: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("sparse attention indexer", re.compile(r"(^|\.)indexer\.")),
 )
 
-# Linear layers under one parent that read the same input: loaders fuse them, so they must have
-# one weight scale and one input scale.
-_ATTENTION_INPUTS = frozenset(
-    "q_proj k_proj v_proj q_a_proj kv_a_proj_with_mqa g_proj gate_proj".split()
-)
+# Linear layers under one parent that read the same input: ModelOpt gives them one weight scale
+# and one input scale, and loaders fuse some of them and keep only one.
 _SHARED_INPUTS: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = (
-    (re.compile(r"attn$|attention$"), _ATTENTION_INPUTS),
+    (
+        re.compile(r"(attn|attention)(\.\d+)?$"),  # longcat_flash: self_attn.0 and self_attn.1
+        frozenset(
+            "q_proj k_proj v_proj qkv_proj q_a_proj kv_a_proj_with_mqa g_proj gate_proj "
+            "linear_gate output_gate b_proj f_a_proj g_a_proj".split()
+        ),
+    ),
     (re.compile(r"linear_attn$"), frozenset({"in_proj_qkv", "in_proj_z"})),
-    (re.compile(r""), frozenset({"gate_proj", "up_proj"})),
+    (re.compile(r""), frozenset({"gate_proj", "linear_gate", "up_proj"})),
     (re.compile(r""), frozenset({"w1", "w3"})),
+    (re.compile(r""), frozenset({"input_mix_weight_down", "block_inject_weight"})),  # qwen4_exp
+    (re.compile(r"ple$"), frozenset({"key_proj", "value_proj"})),  # qwen4_exp
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """A part of the model that is copied whole, and why."""
+
+    prefix: str
+    reason: str
 
 
 def module_of(tensor: str) -> str:
@@ -70,17 +86,24 @@ def is_matrix(tensor: str, dtype: str, shape: tuple[int, ...]) -> bool:
     return tensor.endswith(".weight") and len(shape) == 2 and dtype in FLOATS and all(shape)
 
 
-def reason_to_set_aside(name: str, num_layers: int | None) -> str | None:
-    """Why a whole part of the model, experts included, is copied; None if it is not.
+def set_aside(name: str, stacks: Set[str], num_layers: int | None) -> Aside | None:
+    """The part of the model that is copied whole and holds this tensor or module, if one does.
 
-    Layers numbered ``num_layers`` and up hold multi-token prediction (DeepSeek-V3, GLM, Step).
+    ``stacks`` are the paths that hold layers with experts, such as ``model.layers``: layers there
+    numbered ``num_layers`` and up are multi-token prediction (DeepSeek-V3, GLM, Step).
+
+    >>> set_aside("model.visual.blocks.0.attn.qkv", {"model.layers"}, 61)
+    Aside(prefix='model.visual', reason='vision or audio part')
+    >>> set_aside("model.layers.61.mlp.gate", {"model.layers"}, 61)
+    Aside(prefix='model.layers.61', reason='multi-token prediction')
     """
-    for reason, pattern in _SET_ASIDE:
-        if pattern.search(name):
-            return reason
-    layer = _LAYER.search(name)
-    if layer and num_layers is not None and int(layer[1]) >= num_layers:
-        return "multi-token prediction"
+    path = name.split(".")
+    for depth, component in enumerate(path, 1):
+        if component in _SET_ASIDE:
+            return Aside(".".join(path[:depth]), _SET_ASIDE[component])
+    layer = _LAYER.match(name)
+    if layer and num_layers is not None and layer[1] in stacks and int(layer[2]) >= num_layers:
+        return Aside(f"{layer[1]}.{layer[2]}", _MTP)
     return None
 
 
@@ -92,19 +115,19 @@ def reason_to_keep(module: str) -> str | None:
     return None
 
 
-def amax_groups(modules: Iterable[str]) -> list[tuple[str, ...]]:
-    """Partition linear layers into those that read the same input, in order of appearance.
+def amax_groups(modules: Iterable[tuple[str, int]]) -> list[tuple[str, ...]]:
+    """Partition linear layers, given with their columns K, into those that read the same input.
 
-    >>> amax_groups(["a.self_attn.q_proj", "a.self_attn.o_proj", "a.self_attn.v_proj"])
-    [('a.self_attn.q_proj', 'a.self_attn.v_proj'), ('a.self_attn.o_proj',)]
+    >>> amax_groups([("attn.q_proj", 64), ("attn.o_proj", 32), ("attn.v_proj", 64)])
+    [('attn.q_proj', 'attn.v_proj'), ('attn.o_proj',)]
     """
     groups: dict[object, list[str]] = {}
-    for module in modules:
+    for module, columns in modules:
         parent, _, leaf = module.rpartition(".")
         key: object = module
         for pattern, leaves in _SHARED_INPUTS:
             if leaf in leaves and pattern.search(parent):
-                key = (parent, leaves)
+                key = (parent, leaves, columns)
                 break
         groups.setdefault(key, []).append(module)
     return [tuple(group) for group in groups.values()]

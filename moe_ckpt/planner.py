@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -31,8 +31,7 @@ from .errors import (
 )
 from .formats import QuantFormat, find_format
 from .layouts import Detection, Experts, Rows, detect
-from .layouts.sizes import num_hidden_layers
-from .modules import amax_groups, is_matrix, module_of, reason_to_keep, reason_to_set_aside
+from .modules import amax_groups, is_matrix, module_of, reason_to_keep, set_aside
 from .packing import CopyUnit, QuantUnit, pack
 from .plan import Job, Plan, Read, Slab
 from .stats import read_stats
@@ -55,7 +54,7 @@ class _Choice:
     linears: tuple[tuple[str, ...], ...]  # groups of source modules that share an amax
     copies: tuple[tuple[str, str], ...]  # (source tensor, reason)
     kept: tuple[str, ...]  # output modules that runtimes must be told not to quantize
-    set_aside: tuple[str, ...]
+    set_aside: Mapping[str, Sequence[str]]  # part of the model -> output modules in it
 
 
 def make_plan(
@@ -275,27 +274,30 @@ class _Planner:
     def _choose(self) -> _Choice:
         """Sort the tensors outside the experts."""
         consumed = {t for found in self.detection.experts for t in (*found.gate_up, *found.down)}
-        num_layers = num_hidden_layers(self.source.config)
-        linears: list[str] = []
+        linears: list[tuple[str, int]] = []
         copies: list[tuple[str, str]] = []
         kept: list[str] = []
-        set_aside: list[str] = [*self.detection.set_aside]
+        aside: dict[str, list[str]] = {}
         for name, info in self.source.tensors.items():
             if name in consumed:
                 continue
             module = module_of(name)
             matrix = is_matrix(name, info.dtype, info.shape)
-            aside = reason_to_set_aside(name, num_layers)
-            reason = aside or (reason_to_keep(module) if matrix else "not a matrix")
+            part = set_aside(name, self.detection.stacks, self.detection.num_layers)
+            if part is not None:
+                copies.append((name, part.reason))
+                inside = aside.setdefault(part.prefix, [])
+                if matrix:
+                    inside.append(self._output(_without_expert(module)))
+                continue
+            reason = reason_to_keep(module) if matrix else "not a matrix"
             if reason is None and self.quantize == "linear":
-                linears.append(module)
+                linears.append((module, info.shape[1]))
                 continue
             copies.append((name, reason or "not a routed expert"))
-            if matrix and aside:
-                set_aside.append(self._output(module))
-            elif matrix and reason != "embedding":
+            if matrix and reason != "embedding":
                 kept.append(self._output(module))
-        return _Choice(tuple(amax_groups(linears)), tuple(copies), tuple(kept), tuple(set_aside))
+        return _Choice(tuple(amax_groups(linears)), tuple(copies), tuple(kept), aside)
 
     def _experts_unit(self, found: Experts, calibration: Calibration | None) -> QuantUnit:
         gate, up, down = found.projections
@@ -334,12 +336,12 @@ class _Planner:
         for info in infos:
             if info.shape[1] % self.format.k_multiple:
                 self._indivisible(info.name, info.shape[1])
-        alike = len({(info.shape[1], info.dtype) for info in infos}) == 1
+        alike = len({info.dtype for info in infos}) == 1
         if len(infos) > 1 and self.format.shares_dense_amax and not alike:
             self.problems.add(
                 LayoutError,
                 f"{show_some(info.name for info in infos)}: read the same input and must share a "
-                "scale, but differ in columns or dtype",
+                "scale, but differ in dtype",
             )
         together = self.format.shares_dense_amax and alike
         return [
@@ -380,3 +382,8 @@ class _Planner:
                     )
                 seen.add(tensor.name)
         self.problems.check()
+
+
+def _without_expert(module: str) -> str:
+    """The experts of a layer as one module: runtimes must never be told of a single one."""
+    return re.sub(r"\.experts\.\d+\..*", ".experts", module)

@@ -9,6 +9,7 @@ file that belongs to the conversion, before the first is written.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -69,7 +70,9 @@ def check_out_dir(in_dir: Path, out_dir: Path, *, overwrite: bool) -> list[Path]
         raise OutputRefusedError(
             f"{show(out_dir)}: holds an earlier conversion; pass --overwrite to replace it"
         )
-    return sorted(out_dir / name for name in present)
+    # What makes the folder loadable goes first, what makes it ours goes last.
+    order = {"config.json": -2, INDEX: -1, f"{PRIVATE}/{WRITTEN}": 1}
+    return [out_dir / name for name in sorted(present, key=lambda name: (order.get(name, 0), name))]
 
 
 def _written_by_us(out_dir: Path) -> set[str]:
@@ -157,7 +160,8 @@ class OutputFolder:
 
     def _partial(self, name: str) -> Path:
         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-        return self.root / PRIVATE / (name.replace("/", "_") + ".partial")
+        digest = hashlib.sha256(name.encode()).hexdigest()[:16]  # names may be long
+        return self.root / PRIVATE / f"{digest}.partial"
 
     def _refuse_if_full(self, plan: Plan, stale: Iterable[Path]) -> None:
         existing = next(p for p in (self.root, *self.root.resolve().parents) if p.exists())

@@ -195,6 +195,13 @@ def test_no_index_for_several_shards(source):
     assert "holds 6 .safetensors files" in refusal(source)
 
 
+def test_consolidated_weights_are_another_form_of_the_same(tmp_path):
+    for name in ("model", "consolidated"):
+        (tmp_path / f"{name}.safetensors").write_bytes(file_of(GOOD, bytes(8)))
+    (tmp_path / "config.json").write_text("{}")
+    assert list(open_source(tmp_path).shards) == ["model.safetensors"]
+
+
 def test_a_single_file_beside_an_index(source):
     (source / "model.safetensors").write_bytes(file_of({}))
     assert "loaders disagree" in refusal(source)

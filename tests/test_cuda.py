@@ -41,5 +41,12 @@ def test_same_bytes_for_adversarial_weights(row, dtype):
     cpu, cuda = row.codec().quantize(w, amax), row.codec().quantize(w.cuda(), amax.cuda())
     for role, tensor in cpu.items():
         assert torch.equal(tensor.view(torch.uint8), cuda[role].cpu().view(torch.uint8)), role
-    for role, tensor in row.codec().weight_scales(amax).items():
-        assert torch.equal(tensor, row.codec().weight_scales(amax.cuda())[role].cpu())
+
+
+@pytest.mark.parametrize("row", FORMATS, ids=lambda row: row.name)
+def test_same_scales_for_every_bfloat16(row):
+    """A division by a Python number would miss the last bit of many on CUDA."""
+    amax = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16).float()
+    for make in (row.codec().weight_scales, lambda a: {"input": row.codec().input_scale(a)}):
+        for role, tensor in make(amax).items():
+            assert torch.equal(tensor, make(amax.cuda())[role].cpu())

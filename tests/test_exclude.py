@@ -124,10 +124,28 @@ def test_parts_set_aside_are_patterns_and_single_experts_are_never_listed():
     entries = exclude_list(
         ["model.layers.0.mlp.experts"],
         ["model.layers.0.mlp.gate"],
-        ["mtp.layers.0.mlp.experts", "model.layers.61.eh_proj", "model.visual.blocks.0.attn.qkv"],
+        {
+            "mtp": ["mtp.layers.0.mlp.experts"],
+            "model.layers.61": ["model.layers.61.eh_proj"],
+            "model.visual": ["model.visual.blocks.0.attn.qkv"],
+        },
     )
     assert set(entries) == {
         *("*.mlp.gate", "*lm_head", "*visual*", "lm_head", "model.layers.0.mlp.gate"),
         *("model.layers.61.*", "model.visual*", "mtp*"),
     }
     assert entries == sorted(entries)
+
+
+def test_a_pattern_that_would_hit_something_quantized_gives_way_to_names():
+    """A tower in an encoder that is quantized itself."""
+    tower = "model.encoder.vision_tower"
+    entries = exclude_list(
+        ["model.encoder.layers.0.self_attn.o_proj", "model.audio_decoder.o_proj"],
+        [],
+        {tower: [f"{tower}.q"], "model.audio": ["model.audio.q"]},
+    )
+    assert set(entries) == {
+        *("*lm_head", "*vision_tower*", "lm_head", f"{tower}*"),
+        "model.audio.q",  # model.audio* would hit audio_decoder
+    }

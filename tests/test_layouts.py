@@ -242,3 +242,112 @@ def test_multi_token_prediction_is_copied(tmp_path, prefix, form):
     plan = plan_of(tmp_path, folder, "linear")
     assert {copy.source for shard in plan.shards for copy in shard.copies} == set(extra)
     assert len(plan.experts) == 2
+
+
+def test_layers_beyond_the_last_are_set_aside_only_in_stacks_with_experts(tmp_path):
+    extra = {
+        "model.conformer.layers.7.proj.weight": ("BF16", [64, 64]),
+        "model.layers.7.proj.weight": ("BF16", [64, 64]),
+    }
+    folder = write_headers(tmp_path / "in", {"model.safetensors": fused() | extra}, CONFIG)
+    plan = plan_of(tmp_path, folder, "linear")
+    (copy,) = (copy for shard in plan.shards for copy in shard.copies)
+    assert (copy.source, copy.reason) == ("model.layers.7.proj.weight", "multi-token prediction")
+
+
+def test_sizes_come_from_the_text_model_not_from_its_neighbours(tmp_path):
+    """Qwen3-Omni: the talker's layers are named before the thinker's in the config."""
+    text = {k: v for k, v in CONFIG.items() if k != "model_type"}
+    config = {
+        "model_type": "qwen3_omni_moe",
+        "talker_config": {"code_predictor_config": {"num_hidden_layers": 1}, "num_experts": 99},
+        "thinker_config": {"text_config": text, "vision_config": {"hidden_size": 7}},
+    }
+    tensors = {
+        name.replace("model.", f"{part}.model."): info
+        for part in ("thinker", "talker")
+        for name, info in (split(0) | split(1)).items()
+    }
+    folder = write_headers(tmp_path / "in", {"model.safetensors": tensors}, config)
+    plan = plan_of(tmp_path, folder)
+    prefix = "thinker.model.layers.{}.mlp.experts"
+    assert [e.output for e in plan.experts] == [prefix.format(0), prefix.format(1)]
+    assert list(plan.kept) == ["speech generation part"]
+
+
+RENAMED = {
+    "ernie4_5_moe": ("mlp.gate.moe_statics.bias", "mlp.moe_statics.bias"),
+    "mimo_v2_flash": ("self_attn.sinks", "self_attn.attention_sink_bias"),
+    "laguna": ("mlp.shared_experts.up_proj.weight", "mlp.shared_expert.up_proj.weight"),
+    "exaone_moe": ("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias"),
+}
+
+
+@pytest.mark.parametrize("name", RENAMED)
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_renamed_siblings_come_back_in_every_layer(tmp_path, name, layer):
+    """Also in dense layers, here layer 2."""
+    theirs, original = (f"model.layers.{layer}.{rest}" for rest in RENAMED[name])
+    tensors = fused() | {theirs: ("BF16", [64, 64])}
+    config = CONFIG | {"model_type": name, "num_hidden_layers": 3}
+    folder = write_headers(tmp_path / "in", {"model.safetensors": tensors}, config)
+    names = {t.name for shard in plan_of(tmp_path, folder).shards for t in shard.tensors}
+    assert original in names
+    assert theirs not in names
+
+
+def test_a_bias_that_a_release_keeps_under_experts(tmp_path):
+    tensors = split() | {PREFIX.format(0) + ".e_score_correction_bias": ("F32", [E])}
+    config = CONFIG | {"model_type": "laguna"}
+    folder = write_headers(tmp_path / "in", {"model.safetensors": tensors}, config)
+    assert len(plan_of(tmp_path, folder).experts) == 1
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(
+            "model.embed_tokens",
+            "model.embed_tokens_per_layer",
+            "lm_head",
+            "model.layers.0.mlp.gate",
+        ),
+        "model.layers.0.ple.ple_embedding.ngram_embedding.shard_3",
+        *("model.layers.0.router.proj", "model.layers.0.mlp.gate.wg", "model.visual.merger.mlp.0"),
+        *("model.layers.0.mlp.shared_expert_gate", "model.layers.0.linear_attn.in_proj_ba"),
+        *("model.layers.0.self_attn.indexer.wq_b", "model.norm", "audio_tower.layers.0.fc1"),
+    ],
+)
+def test_what_is_no_linear_layer(tmp_path, module):
+    tensors = fused() | {f"{module}.weight": ("BF16", [64, 64])}
+    folder = write_headers(tmp_path / "in", {"model.safetensors": tensors}, CONFIG)
+    (copy,) = (
+        copy for shard in plan_of(tmp_path, folder, "linear").shards for copy in shard.copies
+    )
+    assert copy.source == f"{module}.weight"
+
+
+@pytest.mark.parametrize(
+    ("parent", "leaves"),
+    [
+        ("self_attn", ["q_proj", "k_proj", "v_proj"]),
+        ("self_attn", ["q_a_proj", "kv_a_proj_with_mqa"]),
+        ("self_attn.0", ["q_a_proj", "kv_a_proj_with_mqa"]),
+        ("self_attn", ["q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj"]),
+        ("linear_attn", ["in_proj_qkv", "in_proj_z"]),
+        ("mlp.shared_expert", ["gate_proj", "up_proj"]),
+        ("feed_forward", ["w1", "w3"]),
+    ],
+)
+def test_linears_that_runtimes_fuse_share_an_amax(tmp_path, parent, leaves):
+    """And no other does: each has a neighbour that reads something else."""
+    names = [f"model.layers.0.{parent}.{leaf}" for leaf in leaves]
+    apart = [f"model.layers.1.{parent}.{leaves[0]}", f"model.layers.0.{parent}.out_proj"]
+    tensors = {f"{name}.weight": ("BF16", [32, 64]) for name in names + apart}
+    experts = fused(gate_up=(E, 64, H), down=(E, H, 32))
+    config = CONFIG | {"moe_intermediate_size": 32}
+    folder = write_headers(tmp_path / "in", {"model.safetensors": experts | tensors}, config)
+    plan = moe_ckpt.make_plan(folder, quantize="linear")
+    slabs = {slab.modules for shard in plan.shards for job in shard.jobs for slab in job.slabs}
+    assert tuple(names) in slabs
+    assert all((name,) in slabs for name in apart)

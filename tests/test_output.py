@@ -64,6 +64,32 @@ def test_overwrite_replaces_what_we_wrote_and_nothing_else(source, tmp_path):
     refused(source, out, "did not write: notes.txt", overwrite=True)
 
 
+def test_an_interrupted_overwrite_can_be_repeated(source, tmp_path, monkeypatch):
+    """Whatever the removal of the earlier output reaches, the rest is still known as ours."""
+    out = tmp_path / "out"
+    moe_ckpt.convert(source, out, max_shard_size=50_000)
+    whole = read_files(out)
+    real, left = Path.unlink, 0
+
+    def unlink(path, *args, **kwargs):
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        return real(path, *args, **kwargs)
+
+    for count in range(len(whole)):
+        left = count
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", unlink)
+            with pytest.raises(KeyboardInterrupt):
+                moe_ckpt.convert(source, out, overwrite=True, max_shard_size=50_000)
+        names = set(read_files(out))
+        assert not count or not {"config.json"} & names
+        moe_ckpt.convert(source, out, overwrite=True, max_shard_size=50_000)
+        assert read_files(out) == whole
+
+
 def test_a_bad_input_does_not_cost_the_earlier_output(source, tmp_path):
     out = tmp_path / "out"
     moe_ckpt.convert(source, out)
@@ -79,6 +105,7 @@ def test_side_files_are_copied_and_other_weights_are_not(source, tmp_path):
     (source / "chat_templates" / "tool.jinja").write_text("{{ x }}")
     (source / "modeling.py").write_text("raise SystemExit('executed')")
     (source / "tokenizer.json").symlink_to(source / "chat_templates" / "tool.jinja")
+    (source / ("long" * 60)).write_text("a name that leaves no room for a suffix")
     for name in ("pytorch_model.bin", "a.pt", "consolidated.00.pth", "extra.safetensors"):
         (source / name).write_bytes(b"x")
     (source / "pytorch_model.bin.index.json").write_text("{}")
@@ -94,7 +121,7 @@ def test_side_files_are_copied_and_other_weights_are_not(source, tmp_path):
     files = read_files(tmp_path / "out")
     assert set(files) == {
         *("model.safetensors", "config.json", "hf_quant_config.json", "generation_config.json"),
-        *("chat_templates/tool.jinja", "modeling.py", "tokenizer.json"),
+        *("chat_templates/tool.jinja", "modeling.py", "tokenizer.json", "long" * 60),
     }
     assert files["tokenizer.json"] == b"{{ x }}"
     assert not (tmp_path / "out" / "tokenizer.json").is_symlink()

@@ -251,3 +251,21 @@ def test_merging_is_the_same_in_any_order(tmp_path_factory, entries, random):
     merged = read_stats(files).input_amax["m"]
     random.shuffle(files)
     assert read_stats([*files, files[0]]).input_amax["m"] == merged
+
+
+def test_names_of_transformers_count_for_the_original_release(tmp_path):
+    """Statistics are taken where transformers runs the model, under its own names."""
+    tensors = {"model.layers.0.mlp.shared_mlp.up_proj.weight": ("BF16", [H, H])}
+    for e in range(E):
+        for name, shape in (("gate", [I, H]), ("up", [I, H]), ("down", [H, I])):
+            tensors[f"{EXPERTS}.{e}.{name}_proj.weight"] = ("BF16", shape)
+    config = {"model_type": "hy_v3", "num_experts": E, "moe_intermediate_size": I}
+    config |= {"hidden_size": H, "num_hidden_layers": 1}
+    folder = write_headers(tmp_path / "in", {"model.safetensors": tensors}, config)
+    modules = {f"{EXPERTS}.gate_up_proj": 2, f"{EXPERTS}.down_proj": 3}
+    modules |= {"model.layers.0.mlp.shared_experts.up_proj": 4}
+    file = stats_file(tmp_path, {name: {"input_amax": amax} for name, amax in modules.items()})
+    plan = moe_ckpt.make_plan(folder, stats=[file], quantize="linear")
+    assert not plan.warnings
+    assert expert_amaxes(plan) == (2, 3)
+    assert input_amaxes(plan)["model.layers.0.mlp.shared_mlp.up_proj"] == 4

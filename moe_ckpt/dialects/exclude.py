@@ -27,47 +27,47 @@ _PATTERNS = (
     "*lm_head",
 )
 _ALWAYS = ("lm_head",)  # also when tied to the embeddings: vLLM builds one either way
-# Above the layers: runtimes order and name these differently.
-_WRAPPERS = frozenset({"model", "language_model", "thinker"})
 
 
 def exclude_list(
-    quantized: Sequence[str], kept: Sequence[str], set_aside: Sequence[str]
+    quantized: Sequence[str], kept: Sequence[str], set_aside: Mapping[str, Sequence[str]]
 ) -> list[str]:
     """Names and patterns of what is not quantized.
 
     Args:
         quantized: quantized linear layers, and the experts of each layer as one module.
         kept: linear layers that stay as they are.
-        set_aside: linear layers and experts in parts of the model that stay whole.
+        set_aside: part of the model that stays whole -> linear layers and experts in it.
 
     Raises:
         MoeCkptError: if a runtime would read the list differently; a bug in this module.
     """
     built = built_modules(quantized)
-    parts = dict.fromkeys(pattern for module in set_aside for pattern in _parts_of(module))
     loose = built_modules([*kept, *_ALWAYS])
-    useful = [pattern for pattern in _PATTERNS if _hits(pattern, loose)]
-    patterns = [pattern for pattern in (*parts, *useful) if not _hits(pattern, built)]
-    found = sorted({*_ALWAYS, *kept, *patterns})
-    _check(found, built, built_modules([*kept, *set_aside, *_ALWAYS]))
+    entries = {*_ALWAYS, *kept}
+    entries.update(p for p in _PATTERNS if _hits(p, loose) and not _hits(p, built))
+    for part, modules in set_aside.items():
+        patterns = _patterns_of(part)
+        right = [pattern for pattern in patterns if not _hits(pattern, built)]
+        entries.update(right)
+        if patterns[0] not in right:
+            entries.update(modules)
+    found = sorted(entries)
+    inside = [module for modules in set_aside.values() for module in modules]
+    _check(found, built, built_modules([*kept, *inside, *_ALWAYS]))
     return found
 
 
-def _parts_of(module: str) -> tuple[str, ...]:
-    """Patterns for the part of the model that is set aside with a module.
+def _patterns_of(part: str) -> tuple[str, ...]:
+    """Patterns for a part of the model; the first covers it by its full name.
 
-    >>> _parts_of("mtp.layers.0.mlp.gate"), _parts_of("model.layers.61.eh_proj")
-    (('mtp*',), ('model.layers.61.*',))
-    >>> _parts_of("model.visual.blocks.0.attn.qkv")
-    ('model.visual*', '*visual*')
+    >>> _patterns_of("mtp"), _patterns_of("model.layers.61"), _patterns_of("model.visual")
+    (('mtp*',), ('model.layers.61.*',), ('model.visual*', '*visual*'))
     """
-    path = module.split(".")
-    depth = next((n for n, name in enumerate(path) if name not in _WRAPPERS), 0)
-    prefix, part = ".".join(path[: depth + 1]), path[depth]
-    if part == "layers":
-        return (f"{prefix}.{path[depth + 1]}.*",)
-    return (f"{prefix}*",) if "mtp" in part else (f"{prefix}*", f"*{part}*")
+    last = part.rpartition(".")[2]
+    if last.isdigit():
+        return (f"{part}.*",)
+    return (f"{part}*",) if "mtp" in last else (f"{part}*", f"*{last}*")
 
 
 def _hits(pattern: str, modules: Mapping[str, tuple[str, ...]]) -> bool:

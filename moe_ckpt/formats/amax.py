@@ -35,5 +35,7 @@ def abs_max(values: torch.Tensor, scratch: Scratch | None = None) -> torch.Tenso
 
 def scale_of(amax: torch.Tensor, largest: float) -> torch.Tensor:
     """The float32 amax / largest: 1.0 where amax is 0, and at least the smallest normal number."""
-    scale = (amax / largest).clamp_(min=_SMALLEST_NORMAL)
+    # By a tensor: CUDA divides by a Python number as a product with its rounded reciprocal
+    # (BinaryDivTrueKernel.cu), and so can miss the last bit.
+    scale = (amax / torch.full_like(amax, largest)).clamp_(min=_SMALLEST_NORMAL)
     return scale.masked_fill_(amax == 0, 1.0)

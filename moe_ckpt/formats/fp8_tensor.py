@@ -6,7 +6,8 @@
     input_scale   float32  []      activation amax / 448
 
 A weight is qweight * global_scale. The scales are ModelOpt's; the division is in float32,
-where ModelOpt divides bf16 by bf16 and so rounds twice. A matrix of zeros has scale 1.0.
+where ModelOpt divides bf16 by bf16 and so rounds twice. A matrix of zeros has scale 1.0, and no
+scale is below the smallest normal float32.
 """
 
 from __future__ import annotations

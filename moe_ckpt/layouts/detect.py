@@ -16,7 +16,7 @@ from typing import Any
 from ..checkpoint import TensorInfo
 from ..dtypes import FLOATS
 from ..errors import LayoutError, Problems, show, show_some
-from ..modules import reason_to_set_aside
+from ..modules import set_aside
 from .sizes import Sizes, model_type_of, num_hidden_layers, sizes_of
 from .table import FAMILIES, UNSUPPORTED, Family, find_family
 
@@ -24,6 +24,7 @@ __all__ = ["Detection", "Experts", "Rows", "detect"]
 
 _NOT_ROUTED = re.compile(
     r"(^|\.)(shared_?experts?|share_expert|shared_mlp|self_attn|self_attention)\w*\."
+    r"|\.e_score_correction_bias$"  # laguna keeps it under experts
 )
 _EXPERT = re.compile(r"(^|\.)(local_)?experts?(\.|_\d)")
 _MOE = re.compile(r"experts?|moe")
@@ -77,14 +78,16 @@ class Detection:
     """The experts that were found, and what else follows from the family.
 
     ``renamed``: source tensor name -> output name, for siblings that transformers renamed.
-    ``set_aside``: layer prefixes with experts that are copied as they are -> reason.
+    ``stacks``: the paths that hold the layers, such as ``model.layers``.
+    ``num_layers``: how many layers a stack has before those for multi-token prediction.
     """
 
     family: Family
     model_type: str
     experts: tuple[Experts, ...]
     renamed: Mapping[str, str]
-    set_aside: Mapping[str, str]
+    stacks: frozenset[str]
+    num_layers: int | None
 
 
 def detect(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Detection:
@@ -100,7 +103,8 @@ def detect(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Dete
         problems.add(LayoutError, contradiction)
     _refuse_unrestorable(family, tensors, problems)
 
-    containers, aside, unmatched = _group(family, tensors, num_hidden_layers(config))
+    num_layers = num_hidden_layers(config)
+    containers, unmatched = _group(family, tensors, num_layers)
     if unmatched:
         problems.add(
             LayoutError,
@@ -125,7 +129,8 @@ def detect(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Dete
         model_type=model_type_of(config),
         experts=tuple(experts),
         renamed=_restore_names(family, experts, tensors),
-        set_aside=aside,
+        stacks=frozenset(_stack_of(found.layer) for found in experts),
+        num_layers=num_layers,
     )
 
 
@@ -281,8 +286,8 @@ class _Container:
 
 def _group(
     family: Family, tensors: Mapping[str, TensorInfo], num_layers: int | None
-) -> tuple[list[_Container], dict[str, str], list[str]]:
-    """Containers by layer, layers set aside, and names that look like experts but are not ours."""
+) -> tuple[list[_Container], list[str]]:
+    """Containers by layer, and names that look like experts but are not the family's."""
     leaves = "|".join(family.projections)
     split = re.compile(rf"(.+\.\d+)\.({re.escape(family.split)})\.(\d+)\.({leaves})\.weight")
     fused = [
@@ -290,17 +295,11 @@ def _group(
         for path, a, b in family.fused
     ]
     containers: dict[tuple[str, str], _Container] = {}
-    aside: dict[str, str] = {}
     unmatched: list[str] = []
     for name, info in tensors.items():
         matches = [(m, first) for pattern, first in fused if (m := pattern.fullmatch(name))]
         one = split.fullmatch(name)
-        if not (matches or one or _is_expert(info)):
-            continue
-        reason = reason_to_set_aside(name, num_layers)
-        if reason:
-            aside.setdefault(name.split("experts")[0] + "experts", reason)
-        elif matches:
+        if matches:
             match, first = matches[0]
             source = f"{match[1]}.{match[2]}"
             group = containers.setdefault((source, "fused"), _Container(match[1], source, "fused"))
@@ -309,9 +308,22 @@ def _group(
             source = f"{one[1]}.{one[2]}"
             group = containers.setdefault((source, "split"), _Container(one[1], source, "split"))
             group.members[int(one[3]), family.projections.index(one[4])] = name
-        else:
+        elif _is_expert(info):
             unmatched.append(name)
-    return list(containers.values()), aside, unmatched
+    stacks = {_stack_of(group.layer) for group in containers.values()}
+
+    def routed(name: str) -> bool:
+        return set_aside(name, stacks, num_layers) is None
+
+    return (
+        [group for group in containers.values() if routed(f"{group.source}.")],
+        [name for name in unmatched if routed(name)],
+    )
+
+
+def _stack_of(layer: str) -> str:
+    """``model.layers`` of ``model.layers.3``."""
+    return layer.rpartition(".")[0]
 
 
 def _refuse_disagreement(experts: list[Experts], problems: Problems) -> None:
@@ -321,7 +333,7 @@ def _refuse_disagreement(experts: list[Experts], problems: Problems) -> None:
             problems.add(LayoutError, f"{show(layer)}: has its experts twice, fused and split")
     stacks: dict[str, list[Experts]] = defaultdict(list)
     for found in experts:
-        stacks[found.layer.rpartition(".")[0]].append(found)
+        stacks[_stack_of(found.layer)].append(found)
     for members in stacks.values():
         first = members[0]
         for other in members[1:]:
@@ -339,15 +351,15 @@ def _refuse_disagreement(experts: list[Experts], problems: Problems) -> None:
 def _restore_names(
     family: Family, experts: list[Experts], tensors: Mapping[str, TensorInfo]
 ) -> dict[str, str]:
-    """New names of the tensors beside fused experts, for families that transformers renames."""
-    layers = {found.layer for found in experts if found.form == "fused"}
+    """New names of the tensors in stacks with fused experts, where transformers renames them."""
+    stacks = {_stack_of(found.layer) for found in experts if found.form == "fused"}
     consumed = {name for found in experts for name in (*found.gate_up, *found.down)}
     renamed: dict[str, str] = {}
-    if not family.renames or not layers:
+    if not family.renames or not stacks:
         return renamed
     for name in tensors:
-        match = re.match(r"(.+?\.\d+)\.", name)
-        if name in consumed or match is None or match[1] not in layers:
+        match = re.match(r"((.+?)\.\d+)\.", name)
+        if name in consumed or match is None or match[2] not in stacks:
             continue
         rest = name[match.end() :]
         for old, new in family.renames:

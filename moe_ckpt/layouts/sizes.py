@@ -14,7 +14,11 @@ EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 INTERMEDIATE_KEYS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
 HIDDEN_KEYS = ("hidden_size", "d_model")
 
-_OTHER_SUBTREES = ("vision", "audio", "rope", "quantization", "compression", "code2wav")
+# Parts of a model that are not the text model with the experts.
+_OTHER_SUBTREES = (
+    *("vision", "audio", "rope", "quantization", "compression"),
+    *("talker", "code_predictor", "code2wav", "token2wav"),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ class Family:
         form that is written: ``{layer}.{split}.{e}.{projection}.weight``.
     ``projections``: the names of gate, up and down in that form.
     ``fused``: (path, gate_up leaf, down leaf) of each fused form that can be read.
-    ``renames``: what transformers 5 calls the siblings of fused experts, and what loaders
+    ``renames``: what transformers 5 calls tensors of layers with fused experts, and what loaders
         call them; prefixes of the path below the layer, the first that fits is applied.
     ``not_restorable``: parts of names that only transformers 5 writes and this table cannot
         turn back; a checkpoint that has them is refused.
@@ -57,12 +57,22 @@ _MLP_FUSED = (("mlp.experts", *GATE_UP_PROJ),)
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="qwen_moe",
-        model_types=(
-            *("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
-            *("qwen4_exp", "qwen4_exp_text", "qwen3_omni_moe", "qwen3_omni_moe_thinker"),
-        ),
+        model_types=("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
         split="mlp.experts",
         fused=_MLP_FUSED,
+    ),
+    Family(
+        name="qwen4_exp",
+        model_types=("qwen4_exp", "qwen4_exp_text"),
+        split="mlp.experts",
+        fused=_MLP_FUSED,
+        not_restorable=(".ngram_embedding.weight",),
+    ),
+    Family(
+        name="qwen3_omni_moe",
+        model_types=("qwen3_omni_moe", "qwen3_omni_moe_thinker"),
+        split="mlp.experts",
+        not_restorable=("model.language_model.",),
     ),
     Family(
         name="qwen3_vl_moe",
@@ -74,12 +84,15 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="deepseek",
-        model_types=(
-            *("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25"),
-            "glm_moe_dsa",
-        ),
+        model_types=("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm_moe_dsa"),
         split="mlp.experts",
         fused=_MLP_FUSED,
+    ),
+    Family(
+        name="kimi_k25",
+        model_types=("kimi_k25",),
+        split="mlp.experts",
+        not_restorable=("model.language_model.",),
     ),
     Family(
         name="glm4_moe",
@@ -89,12 +102,33 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="mlp_experts",
-        model_types=(
-            *("olmoe", "afmoe", "cohere2_moe", "ernie4_5_moe", "hunyuan_v1_moe", "laguna"),
-            *("mimo_v2", "mimo_v2_flash", "longcat_flash"),
-        ),
+        model_types=("olmoe", "afmoe", "cohere2_moe", "hunyuan_v1_moe", "longcat_flash"),
         split="mlp.experts",
         fused=_MLP_FUSED,
+    ),
+    Family(
+        name="ernie4_5_moe",
+        model_types=("ernie4_5_moe",),
+        split="mlp.experts",
+        fused=_MLP_FUSED,
+        renames=(("mlp.gate.moe_statics.", "mlp.moe_statics."),),
+    ),
+    Family(
+        name="mimo_v2",
+        model_types=("mimo_v2", "mimo_v2_flash"),
+        split="mlp.experts",
+        fused=_MLP_FUSED,
+        renames=(("self_attn.sinks", "self_attn.attention_sink_bias"),),
+    ),
+    Family(
+        name="laguna",
+        model_types=("laguna",),
+        split="mlp.experts",
+        fused=_MLP_FUSED,
+        renames=(
+            ("mlp.shared_experts.", "mlp.shared_expert."),
+            ("mlp.gate.e_score_correction_bias", "mlp.experts.e_score_correction_bias"),
+        ),
     ),
     Family(
         name="mlp_experts_transformers",
