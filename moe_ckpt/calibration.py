@@ -101,7 +101,9 @@ class Calibration:
                 f"{len(self.constant)} places have no statistics and got input scale 1.0: "
                 f"{show_some(self.constant)}"
             )
-        known = self._known | {module_of(name) for name in tensors} | set(tensors)
+        modules = {module_of(name) for name in tensors}
+        fused = {name for name in tensors if not name.endswith(".weight")}
+        known = self._known | modules | fused
         unknown = [path for name, path in self.stats.paths.items() if name not in known]
         if unknown:
             found.append(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from .dtypes import BITS, nbytes_of
+from .dtypes import BITS
 from .errors import CheckpointError, Problems, show, show_some
 from .regular import open_regular, read_regular
 from .strict_json import parse_object, type_name
@@ -86,8 +86,16 @@ def open_source(folder: str | os.PathLike[str]) -> Source:
         CheckpointError: with every damaged, missing or contradictory file that was found.
     """
     root = Path(folder)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise CheckpointError(f"{show(root)}: is not a folder with a checkpoint")
+    try:
+        return _open_source(root)
+    except OSError as error:
+        where = show(error.filename or root)
+        raise CheckpointError(f"{where}: cannot be read: {error.strerror}") from None
+
+
+def _open_source(root: Path) -> Source:
     config = parse_object(
         read_regular(root / CONFIG, _JSON_CAP_NBYTES, CheckpointError),
         CONFIG,
@@ -150,10 +158,12 @@ def read_header(path: Path) -> tuple[Shard, list[TensorInfo]]:
             )
         text = file.read(length)
     header = parse_object(text, f"{show(name)}: header", CheckpointError)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{show(name)}: header: __metadata__ must map text to text")
     data_nbytes = status.st_size - 8 - length
     infos = sorted(
-        (_tensor_info(name, key, entry, 8 + length) for key, entry in header.items()),
+        (_tensor_info(name, key, entry, 8 + length, data_nbytes) for key, entry in header.items()),
         key=lambda info: (info.offset, info.nbytes),
     )
     position = 8 + length
@@ -172,7 +182,9 @@ def read_header(path: Path) -> tuple[Shard, list[TensorInfo]]:
     return Shard(name, path, status.st_size, status.st_mtime_ns), infos
 
 
-def _tensor_info(shard: str, name: str, entry: Any, data_start: int) -> TensorInfo:
+def _tensor_info(
+    shard: str, name: str, entry: Any, data_start: int, data_nbytes: int
+) -> TensorInfo:
     where = f"{show(shard)}: {show(name)}"
     if not name.isascii() and any(0xD800 <= ord(c) < 0xE000 for c in name):
         raise CheckpointError(f"{where}: name is not valid Unicode")
@@ -185,13 +197,27 @@ def _tensor_info(shard: str, name: str, entry: Any, data_start: int) -> TensorIn
         raise CheckpointError(f"{where}: shape {show(shape)} is not a list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{where}: data_offsets {show(offsets)} are not two positions")
-    nbytes = nbytes_of(dtype, tuple(shape))
-    if offsets[1] - offsets[0] != nbytes:
+    bits = _bits_of(dtype, shape, 8 * data_nbytes)
+    if bits is None or bits % 8 or offsets[1] - offsets[0] != bits // 8:
+        needs = "more than the file has" if bits is None else f"{bits / 8:g}"
         raise CheckpointError(
-            f"{where}: {dtype} {shape} needs {nbytes} bytes, data_offsets give "
+            f"{where}: {dtype} {show(shape)} needs {needs} bytes, data_offsets give "
             f"{offsets[1] - offsets[0]}"
         )
+    nbytes = bits // 8
     return TensorInfo(name, dtype, tuple(shape), shard, data_start + offsets[0], nbytes)
+
+
+def _bits_of(dtype: str, shape: list[int], limit: int) -> int | None:
+    """Bits of a tensor; None if they exceed the limit, without multiplying huge numbers."""
+    if 0 in shape:
+        return 0
+    bits = BITS[dtype]
+    for size in shape:
+        bits *= size
+        if bits > limit:
+            return None
+    return bits
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
@@ -287,11 +313,11 @@ def _compare_with_index(weight_map: dict[str, str], tensors: dict[str, TensorInf
 
 def _side_files(root: Path, shards: set[str]) -> tuple[list[SideFile], list[str], list[str]]:
     """Files to copy, names left out by rule, and warnings about those left out for safety."""
-    real_root = root.resolve()
+    real_root = Path(os.path.realpath(root))
     # In a hub cache, snapshots/REV/FILE is a link to ../../blobs/HASH.
     allowed = (real_root, real_root.parent.parent / "blobs")
     files: list[SideFile] = []
-    left_out: list[str] = []
+    left_out = ["original/"] if (root / "original").is_dir() else []
     warnings: list[str] = []
     for path in sorted(_walk(root)):
         name = path.relative_to(root).as_posix()
@@ -300,7 +326,7 @@ def _side_files(root: Path, shards: set[str]) -> tuple[list[SideFile], list[str]
         if path.suffix in _OTHER_WEIGHTS or _is_other_index(path.name):
             left_out.append(name)
             continue
-        target = path.resolve()
+        target = Path(os.path.realpath(path))
         if path.is_symlink() and not any(target.is_relative_to(folder) for folder in allowed):
             warnings.append(f"left out, it links outside the checkpoint: {show(name)}")
         elif not target.is_file():
@@ -317,8 +343,12 @@ def _is_other_index(name: str) -> bool:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, subfolders, names in os.walk(root, onerror=fail):
+        if Path(folder) == root:
+            subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
         for name in names:
             yield Path(folder, name)
         for name in subfolders:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from . import __version__
-from .errors import InterruptedConversionError, MoeCkptError, show
+from .errors import EnvironmentFaultError, InterruptedConversionError, MoeCkptError, show
 
 if TYPE_CHECKING:
     from .conversion import Result
@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 
 _SHOWN_PROBLEMS = 20
 
+
+def _named(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    """Refuse an empty path: it would mean the current folder, and is a variable that is not set."""
+    if not value:
+        raise click.BadParameter("is empty")
+    return value
+
+
+_in_dir = click.argument("in_dir", metavar="IN", callback=_named)
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
@@ -33,8 +42,8 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("in_dir", metavar="IN")
-@click.argument("out_dir", metavar="OUT")
+@_in_dir
+@click.argument("out_dir", metavar="OUT", callback=_named)
 @click.option(
     "--stats",
     multiple=True,
@@ -114,6 +123,7 @@ def convert(
     chosen = pick_device(device)
     with _Progress(plan, quiet) as report:
         result = execute(plan, out_dir, device=chosen, overwrite=overwrite, progress=report)
+        _ignore_signals()  # the output is complete: say so, whatever comes now
     if not quiet:
         _say(_result_lines(result))
     if as_json:
@@ -122,7 +132,7 @@ def convert(
 
 
 @cli.command()
-@click.argument("in_dir", metavar="IN")
+@_in_dir
 @_json_option
 def inspect(in_dir: str, as_json: bool) -> None:
     """Show what is in the checkpoint folder IN, and what a default conversion would do."""
@@ -139,13 +149,16 @@ def inspect(in_dir: str, as_json: bool) -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit with the code that the error tree documents."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminate)
     sys.exit(_run(cli))
 
 
 def _run(command: Callable[..., Any]) -> int:
     try:
         command(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return 0
     except click.exceptions.Exit as leave:
         return leave.exit_code
@@ -156,10 +169,10 @@ def _run(command: Callable[..., Any]) -> int:
         return _fail(InterruptedConversionError())
     except MoeCkptError as error:
         return _fail(error)
-    except BrokenPipeError:
+    except OSError as error:
         with suppress(OSError):
-            sys.stdout.close()
-        return 5
+            sys.stdout.close()  # else the interpreter tries again to write what is left
+        return _fail(EnvironmentFaultError(f"standard output: {error.strerror}"))
     except Exception:  # noqa: BLE001  any other exception is a bug to report
         with tempfile.NamedTemporaryFile(
             "w", prefix="moe-ckpt-", suffix=".log", delete=False
@@ -182,13 +195,20 @@ def _terminate(signum: int, _frame: FrameType | None) -> NoReturn:
     raise InterruptedConversionError(128 + signum)
 
 
+def _ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _error(message: str) -> None:
-    click.echo(f"moe-ckpt: error: {message}", err=True)
+    _say([f"moe-ckpt: error: {message}"])
 
 
 def _say(lines: Iterable[str]) -> None:
-    for line in lines:
-        click.echo(line, err=True)
+    """Write to stderr if it can be written to: hours of work do not depend on it."""
+    with suppress(OSError, ValueError):
+        for line in lines:
+            click.echo(line, err=True)
 
 
 def _say_notes(plan: Plan, quiet: bool) -> None:
@@ -198,7 +218,7 @@ def _say_notes(plan: Plan, quiet: bool) -> None:
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    click.echo(json.dumps(document, indent=2))
 
 
 class _Progress:
@@ -207,7 +227,7 @@ class _Progress:
     def __init__(self, plan: Plan, quiet: bool) -> None:
         from tqdm import tqdm
 
-        terminal = sys.stderr.isatty()
+        terminal = sys.stderr is not None and sys.stderr.isatty()
         self._lines = not terminal and not quiet
         self._shards = len(plan.shards)
         self._done = 0

@@ -107,12 +107,12 @@ def execute(
                     for shard in plan.shards:
                         _write_shard(folder, shard, pool, budget, report)
             reader.check_unchanged()
+            reader.close()
             folder.finish(plan)
         except BaseException:
+            reader.close()
             folder.discard()
             raise
-        finally:
-            reader.close()
     return Result(plan, Path(out_dir), str(device), time.monotonic() - started)
 
 

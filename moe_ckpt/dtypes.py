@@ -11,6 +11,8 @@ BITS: dict[str, int] = {
     "F8_E5M2": 8,
     "F8_E4M3": 8,
     "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
     "F4": 4,
     "F6_E2M3": 6,
     "F6_E3M2": 6,
@@ -29,6 +31,9 @@ BITS: dict[str, int] = {
 
 # Weights in one of these can be quantized; anything else is copied or refused.
 FLOATS = frozenset({"BF16", "F16", "F32"})
+
+# A matrix in one of these is quantized or packed: without its scales it means nothing.
+CODES = frozenset(name for name, bits in BITS.items() if bits <= 8) - {"BOOL"}
 
 
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:

@@ -9,7 +9,7 @@
     |   +-- StatsError                    the activation statistics file
     +-- OutputRefusedError            4   the output folder is not ours to write
     +-- EnvironmentFaultError         5   disk, memory, I/O or GPU: fix it and run again
-    +-- InterruptedConversionError    130, or 143 after SIGTERM
+    +-- InterruptedConversionError    130, 143 after SIGTERM, 129 after SIGHUP
 
 An error holds one line per problem. Checks that run before anything is written report every
 problem they find, so one run is enough to see them all.
@@ -87,7 +87,7 @@ class EnvironmentFaultError(MoeCkptError):
 
 
 class InterruptedConversionError(MoeCkptError):
-    """Stopped by SIGINT (130) or SIGTERM (143)."""
+    """Stopped by SIGINT (130), SIGTERM (143) or SIGHUP (129)."""
 
     def __init__(self, exit_code: int = 130) -> None:
         super().__init__("interrupted; nothing usable was left in the output folder")

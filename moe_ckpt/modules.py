@@ -13,11 +13,9 @@ import re
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
-from .dtypes import FLOATS
-
 __all__ = ["Aside", "amax_groups", "is_matrix", "module_of", "reason_to_keep", "set_aside"]
 
-_LAYER = re.compile(r"(.+?)\.(\d+)\.")
+_LAYER = re.compile(r"(.+?)\.([0-9]{1,9})\.")
 
 _MTP = "multi-token prediction"
 _TOWER = "vision or audio part"
@@ -81,9 +79,9 @@ def module_of(tensor: str) -> str:
     return tensor.rpartition(".")[0]
 
 
-def is_matrix(tensor: str, dtype: str, shape: tuple[int, ...]) -> bool:
+def is_matrix(tensor: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor could be the weight of a linear layer."""
-    return tensor.endswith(".weight") and len(shape) == 2 and dtype in FLOATS and all(shape)
+    return tensor.endswith(".weight") and len(shape) == 2 and all(shape)
 
 
 def set_aside(name: str, stacks: Set[str], num_layers: int | None) -> Aside | None:

@@ -32,12 +32,13 @@ class Read:
 class Slab:
     """Matrices stacked by rows that share one weight amax, such as gate and up of an expert.
 
-    ``reads`` are the rows in order; ``modules`` the output modules, one for each part.
+    ``reads`` are the rows in order, ``labels`` what to call each in a message; ``modules`` are
+    the output modules, one for each part.
     """
 
     reads: tuple[Read, ...]
     modules: tuple[str, ...]
-    source: str
+    labels: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

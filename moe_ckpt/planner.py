@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from . import plan as planned
 from .calibration import Calibration
 from .checkpoint import Source, TensorInfo, open_source
 from .dialects import LOADERS, config_files, suffix_of
 from .dialects.exclude import exclude_list
-from .dtypes import nbytes_of
+from .dtypes import CODES, FLOATS, nbytes_of
 from .errors import (
     CheckpointError,
     FormatError,
@@ -117,8 +118,7 @@ def _check_choice(what: str, value: str, known: Sequence[str]) -> None:
 
 
 def _refuse_quantized(source: Source) -> None:
-    levels = [source.config, *(v for v in source.config.values() if isinstance(v, dict))]
-    for level in levels:
+    for level in _levels(source.config):
         for key in ("quantization_config", "compression_config"):
             found = level.get(key)
             if found:
@@ -132,6 +132,13 @@ def _refuse_quantized(source: Source) -> None:
             "hf_quant_config.json: the weights are quantized already; this version converts BF16, "
             "F16 and F32 checkpoints"
         )
+
+
+def _levels(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield config
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _levels(value)
 
 
 class _Planner:
@@ -218,16 +225,20 @@ class _Planner:
             notes=self._notes(stats_files, calibration),
             warnings=(
                 *source.warnings,
+                *detection.warnings,
                 *self._loader_warnings(),
                 *(calibration.warnings(source.tensors) if calibration else ()),
             ),
         )
 
     def _calibration(self, files: list[str], missing_is_constant: bool) -> Calibration | None:
-        if not files or not self.format.input_scale:
+        if not files:
             return None
         try:
-            return Calibration(read_stats(files), self.detection, missing_is_constant)
+            stats = read_stats(files)
+            if not self.format.input_scale:
+                return None
+            return Calibration(stats, self.detection, missing_is_constant)
         except InputError as error:
             self.problems.absorb(error)
             return None
@@ -278,11 +289,14 @@ class _Planner:
         copies: list[tuple[str, str]] = []
         kept: list[str] = []
         aside: dict[str, list[str]] = {}
+        coded: list[str] = []
         for name, info in self.source.tensors.items():
             if name in consumed:
                 continue
             module = module_of(name)
-            matrix = is_matrix(name, info.dtype, info.shape)
+            matrix = is_matrix(name, info.shape)
+            if matrix and info.dtype in CODES:
+                coded.append(f"{name} {info.dtype}")
             part = set_aside(name, self.detection.stacks, self.detection.num_layers)
             if part is not None:
                 copies.append((name, part.reason))
@@ -291,12 +305,18 @@ class _Planner:
                     inside.append(self._output(_without_expert(module)))
                 continue
             reason = reason_to_keep(module) if matrix else "not a matrix"
-            if reason is None and self.quantize == "linear":
+            if reason is None and self.quantize == "linear" and info.dtype in FLOATS:
                 linears.append((module, info.shape[1]))
                 continue
             copies.append((name, reason or "not a routed expert"))
             if matrix and reason != "embedding":
                 kept.append(self._output(module))
+        if coded:
+            self.problems.add(
+                CheckpointError,
+                f"{show_some(coded)}: weights outside the experts are quantized already; this "
+                "version converts BF16, F16 and F32 checkpoints",
+            )
         return _Choice(tuple(amax_groups(linears)), tuple(copies), tuple(kept), aside)
 
     def _experts_unit(self, found: Experts, calibration: Calibration | None) -> QuantUnit:
@@ -316,7 +336,7 @@ class _Planner:
                 Slab(
                     tuple(self._read(range_, columns) for range_ in rows_of(expert)),
                     tuple(f"{found.output}.{expert}.{name}" for name in names),
-                    f"{rows_of(expert)[0].tensor}[expert {expert}]",
+                    tuple(_label(range_, found, expert) for range_ in rows_of(expert)),
                 )
                 for expert in range(found.num_experts)
             )
@@ -353,7 +373,7 @@ class _Planner:
         slab = Slab(
             tuple(Read(info.shard, info.offset, info.nbytes) for info in infos),
             tuple(self._output(module_of(info.name)) for info in infos),
-            ", ".join(info.name for info in infos),
+            tuple(info.name for info in infos),
         )
         first = infos[0]
         return Job((slab,), tuple(i.shape[0] for i in infos), first.shape[1], first.dtype, amax)
@@ -387,3 +407,7 @@ class _Planner:
 def _without_expert(module: str) -> str:
     """The experts of a layer as one module: runtimes must never be told of a single one."""
     return re.sub(r"\.experts\.\d+\..*", ".experts", module)
+
+
+def _label(rows: Rows, found: Experts, expert: int) -> str:
+    return f"{rows.tensor}[expert {expert}]" if found.form == "fused" else rows.tensor

@@ -178,11 +178,15 @@ class Worker:
             found = torch.isfinite(rows).logical_not().nonzero()
             if len(found):
                 n, k = (int(i) for i in found[0])
-                raise CheckpointError(
-                    f"{show(slab.source)}: weight is {float(rows[n, k])} at row {start + n}, "
-                    f"column {k} of {'/'.join(m.rpartition('.')[2] for m in slab.modules)}; "
-                    "a checkpoint with NaN or infinite weights cannot be quantized"
-                )
+                value, row = float(rows[n, k]), start + n
+                for read, label in zip(slab.reads, slab.labels, strict=True):
+                    count = read.nbytes * job.slab_rows // job.slab_nbytes
+                    if row < count:
+                        raise CheckpointError(
+                            f"{show(read.shard)}: {show(label)}: weight is {value} at row {row}, "
+                            f"column {k}; weights that are NaN or infinite cannot be quantized"
+                        )
+                    row -= count
         raise AssertionError("amax was not finite, and every weight is")
 
 

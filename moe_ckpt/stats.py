@@ -19,6 +19,7 @@ merged by maximum. This module knows the schema, not the model.
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,14 +75,16 @@ def read_stats(files: Iterable[str | os.PathLike[str]]) -> Stats:
                 merged[name] = _merge(merged[name], amax, where) if name in merged else amax
             except StatsError as error:
                 problems.absorb(error)
-            paths.setdefault(name, where)
+            if name not in paths or isinstance(amax, tuple):
+                paths[name] = where
     problems.check()
     return Stats(merged, paths, tuple(notes))
 
 
 def _read(path: Path) -> tuple[dict[str, Amax], list[str]]:
     file = show(path.name)
-    top = parse_object(read_regular(path, _CAP_NBYTES, StatsError), file, StatsError)
+    text = read_regular(path, _CAP_NBYTES, StatsError)
+    top = parse_object(text, file, StatsError, constants=True)  # refused below, with their path
     if top.get("schema") != SCHEMA:
         raise StatsError(f'{file}: schema is {show(top.get("schema"))!r}, expected "{SCHEMA}"')
     if top.get("version") != VERSION or isinstance(top.get("version"), bool):
@@ -104,6 +107,9 @@ def _read(path: Path) -> tuple[dict[str, Amax], list[str]]:
             problems.add(StatsError, f"{where}: must be an object, found {type_name(entry)}")
             continue
         unknown += [key for key in entry if key not in _MODULE_KEYS and key not in unknown]
+        tokens = entry.get("num_tokens", 0)
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+            problems.add(StatsError, f"{where}.num_tokens: must be a count, found {show(tokens)}")
         if "input_amax" not in entry:
             continue  # an entry may hold only keys of later versions
         try:
@@ -130,11 +136,12 @@ def _number(value: Any, where: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise StatsError(f"{where}: must be a number, found {type_name(value)}; calibrate again")
     if not 0 <= value <= _F32_MAX:  # false for NaN, and exact for integers of any size
+        shown = "NaN" if value != value else show(value) if value < 1e300 else "too large"
         raise StatsError(
-            f"{where}: is {show(value) if abs(value) < 1e300 else 'too large'}; expected a finite "
-            "magnitude, at least 0; calibrate again"
+            f"{where}: is {shown}; expected a finite magnitude, at least 0; calibrate again"
         )
-    return float(value) or None
+    as_float32: float = struct.unpack("f", struct.pack("f", value))[0]
+    return as_float32 or None
 
 
 def _merge(one: Amax, two: Amax, where: str) -> Amax:

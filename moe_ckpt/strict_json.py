@@ -8,6 +8,32 @@ from typing import Any
 from .errors import InputError, show
 
 
+class _DuplicateKeyError(Exception):
+    pass
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """An object with all its keys, those that appear twice too."""
+
+
+def _path_of_duplicate(text: bytes) -> str:
+    """Where the first key that an object has twice stands, such as ``modules["a"]["b"]``."""
+    todo: list[tuple[str, Any]] = [("", json.loads(text, object_pairs_hook=_Pairs))]
+    while todo:
+        path, value = todo.pop()
+        if isinstance(value, _Pairs):
+            seen: set[str] = set()
+            for key, inner in value:
+                here = f'{path}["{show(key)}"]' if path else show(key)
+                if key in seen:
+                    return here
+                seen.add(key)
+                todo.append((here, inner))
+        elif isinstance(value, list):
+            todo += ((f"{path}[{position}]", inner) for position, inner in enumerate(value))
+    return "a key"
+
+
 def parse(text: bytes, where: str, kind: type[InputError], *, constants: bool = False) -> Any:
     """Parse JSON; ``where`` starts every message.
 
@@ -17,9 +43,7 @@ def parse(text: bytes, where: str, kind: type[InputError], *, constants: bool = 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise kind(f'{where}: key "{show(twice)}" appears twice')
+            raise _DuplicateKeyError
         return found
 
     def refuse(constant: str) -> float:
@@ -31,6 +55,8 @@ def parse(text: bytes, where: str, kind: type[InputError], *, constants: bool = 
             object_pairs_hook=unique,
             parse_constant=None if constants else refuse,
         )
+    except _DuplicateKeyError:
+        raise kind(f"{where}: {_path_of_duplicate(text)} appears twice") from None
     except RecursionError:
         raise kind(f"{where}: is nested too deeply") from None
     except ValueError as error:

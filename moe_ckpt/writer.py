@@ -19,8 +19,17 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from .errors import EnvironmentFaultError, MoeCkptError, OutputRefusedError, show, show_some
+from .errors import (
+    EnvironmentFaultError,
+    InputError,
+    MoeCkptError,
+    OutputRefusedError,
+    show,
+    show_some,
+)
 from .plan import OutShard, Plan, header_of, index_of
+from .regular import read_regular
+from .strict_json import parse_object
 
 __all__ = ["OutputFolder", "ShardWriter", "check_out_dir"]
 
@@ -28,6 +37,7 @@ PRIVATE = ".moe-ckpt"
 WRITTEN = "written.json"
 INDEX = "model.safetensors.index.json"
 _COPY_NBYTES = 4 << 20
+_RECORD_CAP_NBYTES = 100_000_000
 
 
 def check_out_dir(in_dir: Path, out_dir: Path, *, overwrite: bool) -> list[Path]:
@@ -39,8 +49,7 @@ def check_out_dir(in_dir: Path, out_dir: Path, *, overwrite: bool) -> list[Path]
     Raises:
         OutputRefusedError: it overlaps the input, is no folder, or holds files.
     """
-    source, target = in_dir.resolve(), out_dir.resolve()
-    if source == target or target.is_relative_to(source) or source.is_relative_to(target):
+    if _overlap(in_dir, out_dir):
         raise OutputRefusedError(
             f"{show(out_dir)}: overlaps the input {show(in_dir)}; choose a folder outside it"
         )
@@ -75,12 +84,38 @@ def check_out_dir(in_dir: Path, out_dir: Path, *, overwrite: bool) -> list[Path]
     return [out_dir / name for name in sorted(present, key=lambda name: (order.get(name, 0), name))]
 
 
+def _overlap(in_dir: Path, out_dir: Path) -> bool:
+    """Whether one folder is in the other, or the output in a hub cache's files of the input.
+
+    Folders are compared by device and inode as well: a bind mount has another path.
+    """
+    source, target = (Path(os.path.realpath(path)) for path in (in_dir, out_dir))
+    # A hub cache keeps the files that its snapshots link to in a folder of this name.
+    targets = (Path(os.path.realpath(p)) for p in (source.iterdir() if source.is_dir() else ()))
+    linked = {target.parent for target in targets if target.parent.name == "blobs"}
+
+    def inside(path: Path, folder: Path) -> bool:
+        return any(_same(parent, folder) for parent in (path, *path.parents))
+
+    return inside(source, target) or any(inside(target, folder) for folder in {source, *linked})
+
+
+def _same(one: Path, two: Path) -> bool:
+    if one == two:
+        return True
+    try:
+        return os.path.samefile(one, two)
+    except OSError:
+        return False
+
+
 def _written_by_us(out_dir: Path) -> set[str]:
     """Names that an earlier conversion listed as its own."""
     record = f"{PRIVATE}/{WRITTEN}"
     try:
-        files = json.loads((out_dir / record).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        text = read_regular(out_dir / record, _RECORD_CAP_NBYTES, InputError)
+        files = parse_object(text, record, InputError).get("files")
+    except InputError:
         return set()
     listed = {name for name in files if isinstance(name, str)} if isinstance(files, list) else set()
     partial = {p.relative_to(out_dir).as_posix() for p in (out_dir / PRIVATE).glob("*.partial")}
@@ -160,11 +195,12 @@ class OutputFolder:
 
     def _partial(self, name: str) -> Path:
         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256(name.encode()).hexdigest()[:16]  # names may be long
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]  # names may be long
         return self.root / PRIVATE / f"{digest}.partial"
 
     def _refuse_if_full(self, plan: Plan, stale: Iterable[Path]) -> None:
-        existing = next(p for p in (self.root, *self.root.resolve().parents) if p.exists())
+        target = Path(os.path.realpath(self.root))
+        existing = next(path for path in (target, *target.parents) if path.exists())
         free = shutil.disk_usage(existing).free + sum(p.lstat().st_size for p in stale)
         if free < plan.write_nbytes:
             raise EnvironmentFaultError(

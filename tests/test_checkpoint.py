@@ -79,7 +79,15 @@ BAD = {
     "no dtype": (file_of({"a": {"shape": [4], "data_offsets": [0, 4]}}, bytes(4)), "dtype None"),
     "new dtype": (file_of({"a": entry(dtype="F2")}, bytes(4)), "dtype F2 is unknown"),
     "null entry": (file_of({"a": None}), "is null"),
-    "duplicate": (file_of(DUPLICATE, bytes(4)), '"a" appears twice'),
+    "duplicate": (file_of(DUPLICATE, bytes(4)), "header: a appears twice"),
+    "key twice": (
+        file_of(b'{"a":{"dtype":"U8","dtype":"I8"}}'),
+        'header: a["dtype"] appears twice',
+    ),
+    "many sizes": (file_of({"a": entry(shape=[2**62] * 9000)}, bytes(4)), "more than the file"),
+    "half a byte": (file_of({"a": entry(0, 2, (3,), "F4")}, bytes(2)), "needs 1.5 bytes"),
+    "metadata": (file_of({"__metadata__": 7} | GOOD, bytes(8)), "__metadata__ must map text"),
+    "nested metadata": (file_of({"__metadata__": {"a": {}}} | GOOD, bytes(8)), "__metadata__"),
     "surrogate": (file_of(b'{"\\ud800":%s}' % json.dumps(entry()).encode(), bytes(4)), "Unicode"),
 }
 
@@ -231,6 +239,7 @@ def test_bad_configs(source, text):
     [
         {"quantization_config": {"quant_method": "fp8"}},
         {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
+        {"thinker_config": {"text_config": {"quantization_config": {"quant_method": "fp8"}}}},
         {"compression_config": {"quant_method": "fp8"}},
         {"quantization_config": "fp8"},
     ],

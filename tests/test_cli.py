@@ -117,6 +117,9 @@ def test_inspect_reads_no_weights(tmp_path):
         (("convert", "/nowhere", "OUT"), 3, "is not a folder"),
         (("convert", "IN", "OUT", "--stats", "/nowhere"), 3, "No such file"),
         (("inspect", "OUT"), 3, "is not a folder"),
+        (("convert", "IN", ""), 2, "is empty"),
+        (("inspect", ""), 2, "is empty"),
+        (("inspect", "x" * 300), 3, "is not a folder"),
     ],
 )
 def test_exit_codes(tmp_path, args, code, text):
@@ -192,7 +195,8 @@ def slow_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)],
 )
 def test_interrupted(tmp_path, slow_model, number, code):
     out = tmp_path / "new" / "out"
@@ -217,3 +221,19 @@ def test_interrupted(tmp_path, slow_model, number, code):
     else:
         assert re.search(r"^moe-ckpt: error: interrupted", errors, re.MULTILINE)
         assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("redirect", ["2>&-", "2>/dev/full", "2>&1 | true"])
+def test_a_closed_stderr_does_not_cost_the_work(tmp_path, redirect):
+    command = Path(sys.executable).with_name("moe-ckpt")
+    line = f"set -o pipefail; {command} convert {SOURCE} {tmp_path}/out {redirect}"
+    assert subprocess.run(["bash", "-c", line], check=False).returncode == 0
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_full_stdout_is_an_environment_fault():
+    command = Path(sys.executable).with_name("moe-ckpt")
+    line = f"{command} inspect {SOURCE} --json >/dev/full"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert done.returncode == 5
+    assert done.stderr == "moe-ckpt: error: standard output: No space left on device\n"

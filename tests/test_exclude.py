@@ -16,18 +16,18 @@ from moe_ckpt.dialects.exclude import exclude_list
 from moe_ckpt.dialects.matching import (
     PartlyExcludedError,
     built_modules,
-    excluded_by_sglang,
-    excluded_by_trtllm,
-    excluded_by_vllm,
+    sglang,
+    trtllm,
+    vllm,
 )
 
-ALL = (excluded_by_vllm, excluded_by_sglang, excluded_by_trtllm)
+ALL = (vllm, sglang, trtllm)
 QKV = tuple(f"model.layers.1.self_attn.{p}_proj" for p in "qkv")
 FUSED_QKV = "model.layers.1.self_attn.qkv_proj"
 
 
 @pytest.mark.parametrize(
-    ("entries", "module", "vllm", "sglang", "trtllm"),
+    ("entries", "module", "by_vllm", "by_sglang", "by_trtllm"),
     [
         (["model.layers.1.mlp.gate"], "model.layers.1.mlp.gate", True, True, True),
         (["model.layers.1.mlp.gate"], "model.layers.10.mlp.gate", False, False, False),
@@ -63,18 +63,19 @@ FUSED_QKV = "model.layers.1.self_attn.qkv_proj"
         (["*visual*"], "visual.blocks.0.attn.qkv", True, True, True),
     ],
 )
-def test_rules(entries, module, vllm, sglang, trtllm):
-    assert [rule(entries, module, (module,)) for rule in ALL] == [vllm, sglang, trtllm]
+def test_rules(entries, module, by_vllm, by_sglang, by_trtllm):
+    found = [rule(entries)(module, (module,)) for rule in ALL]
+    assert found == [by_vllm, by_sglang, by_trtllm]
 
 
 def test_fused_modules_go_by_their_members():
     for rule in ALL:
-        assert rule(QKV, FUSED_QKV, QKV)
-        assert not rule(["model.layers.1.self_attn.o_proj"], FUSED_QKV, QKV)
-        assert rule(["*.self_attn*"], FUSED_QKV, QKV)
-    for rule in (excluded_by_vllm, excluded_by_sglang):
+        assert rule(QKV)(FUSED_QKV, QKV)
+        assert not rule(["model.layers.1.self_attn.o_proj"])(FUSED_QKV, QKV)
+        assert rule(["*.self_attn*"])(FUSED_QKV, QKV)
+    for rule in (vllm, sglang):
         with pytest.raises(PartlyExcludedError):
-            rule(QKV[:2], FUSED_QKV, QKV)
+            rule(QKV[:2])(FUSED_QKV, QKV)
 
 
 CASES = [
@@ -117,7 +118,7 @@ def test_excluded_is_what_has_no_scales(model, form, quantize, rule, rename):
         renamed = module.replace(*rename, 1) if rename[0] else module
         members = built_modules(linears).get(module, (module,))
         members = tuple(m.replace(*rename, 1) if rename[0] else m for m in members)
-        assert rule(entries, renamed, members) is excluded, module
+        assert rule(entries)(renamed, members) is excluded, module
 
 
 def test_parts_set_aside_are_patterns_and_single_experts_are_never_listed():

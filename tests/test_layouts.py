@@ -12,7 +12,7 @@ import pytest
 from conftest import FIXTURES, write_headers
 
 import moe_ckpt
-from moe_ckpt.errors import LayoutError
+from moe_ckpt.errors import CheckpointError, LayoutError
 from moe_ckpt.layouts.table import FAMILIES, UNSUPPORTED
 
 HEADERS = json.loads((FIXTURES / "layout-headers.json").read_text())
@@ -179,6 +179,14 @@ def test_square_matrices_are_refused_where_both_orientations_exist(tmp_path, i, 
         (fused(), {"moe_intermediate_size": 48}, ["24 rows", "moe_intermediate_size=48"]),
         (fused(), {"hidden_size": 32}, ["64 columns", "hidden_size=32"]),
         (fused(), {"num_local_experts": 8}, ["disagree", "num_local_experts=8"]),
+        (fused(), {"text_config": {"num_experts": 16}}, ["disagree", "text_config.num_experts=16"]),
+        (fused(), {"num_hidden_layers": 1}, ["model.layers.1", "num_hidden_layers=1"]),
+        (fused(), {"draft_config": {"num_hidden_layers": 1}, "num_hidden_layers": 0}, ["layers=1"]),
+        (
+            fused(1) | {"model.layers.1.mlp.gate.weight": ("BF16", [E, H])},
+            {},
+            ["layers.1.mlp.gate.weight", "no experts"],
+        ),
         (fused(dtype="U8"), {}, ["U8"]),
         (fused(dtype="F8_E4M3"), {}, ["F8_E4M3"]),
         (fused(gate_up=(E, 2 * I)), {}, ["3-D"]),
@@ -238,6 +246,7 @@ def test_multi_token_prediction_is_copied(tmp_path, prefix, form):
     extra = fused(1) if form == "fused" else split(0)
     extra = {name.replace(PREFIX.format(0), prefix): info for name, info in extra.items()}
     extra[prefix.replace(".experts", ".gate.weight")] = ("BF16", [E, H])
+    extra[prefix.replace("mlp.experts", "eh_proj.weight")] = ("BF16", [H, 2 * H])
     folder = write_headers(tmp_path / "in", {"model.safetensors": fused() | extra}, CONFIG)
     plan = plan_of(tmp_path, folder, "linear")
     assert {copy.source for shard in plan.shards for copy in shard.copies} == set(extra)
@@ -247,12 +256,12 @@ def test_multi_token_prediction_is_copied(tmp_path, prefix, form):
 def test_layers_beyond_the_last_are_set_aside_only_in_stacks_with_experts(tmp_path):
     extra = {
         "model.conformer.layers.7.proj.weight": ("BF16", [64, 64]),
-        "model.layers.7.proj.weight": ("BF16", [64, 64]),
+        "model.layers.7.eh_proj.weight": ("BF16", [64, 64]),
     }
     folder = write_headers(tmp_path / "in", {"model.safetensors": fused() | extra}, CONFIG)
     plan = plan_of(tmp_path, folder, "linear")
     (copy,) = (copy for shard in plan.shards for copy in shard.copies)
-    assert (copy.source, copy.reason) == ("model.layers.7.proj.weight", "multi-token prediction")
+    assert (copy.source, copy.reason) == ("model.layers.7.eh_proj.weight", "multi-token prediction")
 
 
 def test_sizes_come_from_the_text_model_not_from_its_neighbours(tmp_path):
@@ -351,3 +360,50 @@ def test_linears_that_runtimes_fuse_share_an_amax(tmp_path, parent, leaves):
     slabs = {slab.modules for shard in plan.shards for job in shard.jobs for slab in job.slabs}
     assert tuple(names) in slabs
     assert all((name,) in slabs for name in apart)
+
+
+def test_the_layer_count_is_that_of_the_level_with_the_experts(tmp_path):
+    text = {k: v for k, v in CONFIG.items() if k != "model_type"}
+    config = {"model_type": "qwen3_5_moe", "draft_config": {"num_hidden_layers": 1}}
+    config |= {"text_config": text}
+    folder = write_headers(tmp_path / "in", {"model.safetensors": fused()}, config)
+    assert len(plan_of(tmp_path, folder).experts) == 2
+
+
+def test_missing_layers_are_a_warning(tmp_path):
+    folder = write_headers(
+        tmp_path / "in", {"model.safetensors": fused()}, CONFIG | {"num_hidden_layers": 5}
+    )
+    warning = plan_of(tmp_path, folder).warnings[0]
+    assert warning == "model.layers: 3 of 5 layers are not in the checkpoint: 2, 3, 4"
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "U8"])
+@pytest.mark.parametrize("quantize", ["experts", "linear"])
+def test_weights_that_are_codes_are_refused_everywhere(tmp_path, dtype, quantize):
+    tensors = fused() | {"model.layers.0.self_attn.q_proj.weight": (dtype, [64, 64])}
+    folder = write_headers(tmp_path / "in", {"model.safetensors": tensors}, CONFIG)
+    with pytest.raises(CheckpointError, match=f"q_proj.weight {dtype}: .*quantized already"):
+        plan_of(tmp_path, folder, quantize)
+
+
+def test_integer_matrices_are_kept_and_excluded(tmp_path):
+    tensors = fused() | {"model.layers.0.self_attn.q_proj.weight": ("I64", [64, 64])}
+    folder = write_headers(tmp_path / "in", {"model.safetensors": tensors}, CONFIG)
+    plan = plan_of(tmp_path, folder, "linear")
+    ignored = json.loads(plan.files["config.json"])["quantization_config"]["ignore"]
+    assert "model.layers.0.self_attn.q_proj" in ignored
+
+
+@pytest.mark.parametrize("name", ["model.weight", "mlp.weight", ".weight"])
+def test_names_that_no_exclude_list_can_tell_apart(tmp_path, name):
+    """vLLM looks for an entry anywhere in a name: "mlp" would exclude all experts."""
+    tensors = fused() | {name: ("BF16", [64, 64])}
+    assert "exclude list" in refusal(tmp_path, tensors)[0]
+
+
+def test_names_with_the_characters_of_patterns(tmp_path):
+    tensors = fused() | {"a(*[.weight": ("BF16", [64, 64])}
+    folder = write_headers(tmp_path / "in", {"model.safetensors": tensors}, CONFIG)
+    ignored = json.loads(plan_of(tmp_path, folder).files["config.json"])["quantization_config"]
+    assert "a(*[" in ignored["ignore"]

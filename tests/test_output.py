@@ -38,6 +38,26 @@ def test_overlaps_are_refused(source, tmp_path):
         refused(source, out, "overlaps", overwrite=True)
 
 
+def test_a_hub_caches_own_files_are_not_written_to(source, tmp_path):
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "abc"
+    shutil.copytree(source, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    refused(snapshot, blobs / "out", "overlaps")
+    moe_ckpt.convert(snapshot, tmp_path / "hub" / "out")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", '{"files": 7}', None])
+def test_a_damaged_record_makes_the_files_foreign(source, tmp_path, text):
+    out = tmp_path / "out"
+    moe_ckpt.convert(source, out)
+    record = out / ".moe-ckpt" / "written.json"
+    record.unlink()
+    os.mkfifo(record) if text is None else record.write_text(text)
+    refused(source, out, "did not write|is not empty", overwrite=True)
+
+
 def test_an_empty_folder_is_taken(source, tmp_path):
     (tmp_path / "out" / "sub").mkdir(parents=True)
     moe_ckpt.convert(source, tmp_path / "out")
@@ -112,6 +132,8 @@ def test_side_files_are_copied_and_other_weights_are_not(source, tmp_path):
     (tmp_path / "secret").write_text("s")
     (source / "stolen.txt").symlink_to(tmp_path / "secret")
     (source / "gone.txt").symlink_to(tmp_path / "nothing")
+    (source / "loop.txt").symlink_to(source / "loop.txt")
+    Path(os.fsdecode(os.fsencode(source) + b"/bad\xff.txt")).write_text("not UTF-8")
     (source / ".cache").mkdir()
     (source / ".cache" / "x.lock").write_text("")
     os.mkfifo(source / "pipe")
@@ -122,11 +144,12 @@ def test_side_files_are_copied_and_other_weights_are_not(source, tmp_path):
     assert set(files) == {
         *("model.safetensors", "config.json", "hf_quant_config.json", "generation_config.json"),
         *("chat_templates/tool.jinja", "modeling.py", "tokenizer.json", "long" * 60),
+        os.fsdecode(b"bad\xff.txt"),
     }
     assert files["tokenizer.json"] == b"{{ x }}"
     assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
     warned = "\n".join(plan.warnings)
-    for name in ("stolen.txt", "gone.txt", "pipe", "extra.safetensors"):
+    for name in ("stolen.txt", "gone.txt", "loop.txt", "pipe", "extra.safetensors"):
         assert name in warned
 
 
@@ -154,7 +177,11 @@ def test_files_are_readable_by_others(source, tmp_path):
 
 
 def test_config_keeps_its_other_keys_in_order(source, tmp_path):
-    config = {"zeta": [1e-06, None, "ü"], "limit": float("inf"), "quantization_config": None}
+    config = {
+        "zeta": [1e-06, None, "ü", "\ud800"],
+        "limit": float("inf"),
+        "quantization_config": None,
+    }
     config |= json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config))
     moe_ckpt.convert(source, tmp_path / "out")
@@ -174,19 +201,28 @@ def spoil(source, name, index, value):
             save_file(tensors, path, metadata={"format": "pt"})
 
 
+FUSED, SPLIT = "model.layers.1.mlp.experts.", "model.layers.1.mlp.experts.5."
+ATTENTION = "model.layers.0.self_attn."
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    ("name", "index", "where"),
+    ("form", "name", "index", "where"),
     [
-        ("gate_up_proj", (5, 3, 7), r"gate_up_proj\[expert 5\].*row 3, column 7"),
-        ("gate_up_proj", (7, 95, 63), r"gate_up_proj\[expert 7\].*row 95, column 63"),
-        ("down_proj", (0, 0, 0), r"down_proj\[expert 0\].*row 0, column 0"),
+        ("source", FUSED + "gate_up_proj", (5, 3, 7), r"gate_up_proj\[expert 5\].*row 3, column 7"),
+        ("source", FUSED + "gate_up_proj", (7, 95, 63), r"\[expert 7\].*row 95, column 63"),
+        ("source", FUSED + "down_proj", (0, 0, 0), r"down_proj\[expert 0\].*row 0, column 0"),
+        ("hub", SPLIT + "gate_proj.weight", (2, 1), r"5\.gate_proj\.weight: .*row 2, column 1"),
+        ("hub", SPLIT + "up_proj.weight", (0, 5), r"5\.up_proj\.weight: .*row 0, column 5"),
+        ("hub", ATTENTION + "v_proj.weight", (4, 9), r"v_proj\.weight: .*row 4, column 9"),
     ],
 )
-def test_weights_that_are_not_numbers_are_named(source, tmp_path, name, index, where, value):
-    spoil(source, f"model.layers.1.mlp.experts.{name}", index, value)
-    with pytest.raises(CheckpointError, match=where):
-        moe_ckpt.convert(source, tmp_path / "out")
+def test_weights_that_are_not_numbers_are_named(tmp_path, form, name, index, where, value):
+    source = tmp_path / "in"
+    shutil.copytree(FIXTURES / "qwen3_moe" / form, source)
+    spoil(source, name, index, value)
+    with pytest.raises(CheckpointError, match=r"^model-0000.-of-0000.\.safetensors: .*" + where):
+        moe_ckpt.convert(source, tmp_path / "out", quantize="linear")
     assert not (tmp_path / "out").exists()
 
 

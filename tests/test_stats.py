@@ -77,7 +77,7 @@ def test_all_experts_of_a_layer_get_the_largest(tmp_path, model, gate_up):
     assert expert_amaxes(moe_ckpt.make_plan(model, stats=[file])) == (6.0, 0.5)
 
 
-@pytest.mark.parametrize("unreached", [None, 0, 0.0])
+@pytest.mark.parametrize("unreached", [None, 0, 0.0, 1e-60])
 def test_unreached_experts_are_counted(tmp_path, model, unreached):
     modules = {f"{EXPERTS}.gate_up_proj": {"input_amax": [1.0, unreached, unreached]}}
     modules |= {f"{EXPERTS}.down_proj": {"input_amax": [1.0, 2.0, unreached]}}
@@ -143,11 +143,25 @@ def test_without_statistics_every_input_scale_is_one(tmp_path, model):
 
 def test_statistics_of_kept_modules_are_fine_and_of_strangers_are_not(tmp_path, model):
     modules = {f"{EXPERTS}.gate_up_proj": 1, f"{EXPERTS}.down_proj": 1, f"{ATTENTION}.q_proj": 1}
-    modules |= {"model.layers.7.mlp.experts.down_proj": 1}
+    modules |= {"model.layers.7.mlp.experts.down_proj": 1, f"{ATTENTION}.k_proj.weight": 1}
     file = stats_file(tmp_path, {name: {"input_amax": amax} for name, amax in modules.items()})
     (warning,) = moe_ckpt.make_plan(model, stats=[file]).warnings
     assert 'stats.json: modules["model.layers.7.mlp.experts.down_proj"].input_amax' in warning
+    assert "k_proj.weight" in warning
     assert "q_proj" not in warning
+
+
+def test_the_file_with_the_wrong_count_is_named(tmp_path, model):
+    good = {f"{EXPERTS}.gate_up_proj": {"input_amax": 1}, f"{EXPERTS}.down_proj": {"input_amax": 1}}
+    one = stats_file(tmp_path, good)
+    two = stats_file(tmp_path, {f"{EXPERTS}.down_proj": {"input_amax": [1, 2]}}, "two.json")
+    with pytest.raises(StatsError, match=r"^two\.json: .*2 entries"):
+        moe_ckpt.make_plan(model, stats=[one, two])
+
+
+def test_a_weight_only_format_still_reads_its_statistics(tmp_path, model):
+    with pytest.raises(StatsError, match="No such file"):
+        moe_ckpt.make_plan(model, stats=[tmp_path / "nothing"], format="nvfp4-w4a16")
 
 
 def test_unknown_keys_are_noted(tmp_path, model):
@@ -169,8 +183,9 @@ def test_statistics_are_not_used_by_weight_only_formats(tmp_path, model):
 @pytest.mark.parametrize(
     ("amax", "where", "what"),
     [
-        ("NaN", "", "NaN"),
-        ("Infinity", "", "Infinity"),
+        ("NaN", "", "is NaN"),
+        ("Infinity", "", "too large"),
+        ("-Infinity", "", "-inf"),
         ("-1.0", "", "-1.0"),
         ('"6.5"', "", "a string"),
         ("true", "", "true or false"),
@@ -196,8 +211,7 @@ def test_bad_values_are_refused_with_their_path(tmp_path, model, amax, where, wh
     (problem,) = caught.value.problems
     assert problem.startswith("stats.json")
     assert what in problem
-    if "is not a JSON number" not in problem:
-        assert f'modules["{EXPERTS}.down_proj"].input_amax{where}:' in problem
+    assert f'modules["{EXPERTS}.down_proj"].input_amax{where}:' in problem
 
 
 @pytest.mark.parametrize(
@@ -213,6 +227,14 @@ def test_bad_values_are_refused_with_their_path(tmp_path, model, amax, where, wh
         ('{"schema": "moe-ckpt/stats", "version": 1, "modules": {}}', "empty"),
         ('{"schema": "moe-ckpt/stats", "version": 1, "modules": {"a": 1}}', 'modules["a"]'),
         ('{"schema": "moe-ckpt/stats", "version": 1, "version": 1, "modules": {}}', "twice"),
+        (
+            '{"schema": "moe-ckpt/stats", "modules": {"a": {"input_amax": 1, "input_amax": 2}}}',
+            'modules["a"]["input_amax"] appears twice',
+        ),
+        (
+            '{"schema": "moe-ckpt/stats", "version": 1, "modules": {"a": {"num_tokens": -1}}}',
+            'modules["a"].num_tokens',
+        ),
         ("[" * 100_000, "nested"),
         ("\xff", "JSON"),
     ],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..errors import MoeCkptError, show
+from ..errors import LayoutError, show
 from .matching import RUNTIMES, PartlyExcludedError, built_modules
 
 __all__ = ["exclude_list"]
@@ -40,7 +40,7 @@ def exclude_list(
         set_aside: part of the model that stays whole -> linear layers and experts in it.
 
     Raises:
-        MoeCkptError: if a runtime would read the list differently; a bug in this module.
+        LayoutError: names for which no list is read alike by every runtime.
     """
     built = built_modules(quantized)
     loose = built_modules([*kept, *_ALWAYS])
@@ -71,11 +71,8 @@ def _patterns_of(part: str) -> tuple[str, ...]:
 
 
 def _hits(pattern: str, modules: Mapping[str, tuple[str, ...]]) -> bool:
-    return any(
-        excluded([pattern], module, members)
-        for module, members in modules.items()
-        for excluded in RUNTIMES.values()
-    )
+    rules = [rule_of([pattern]) for rule_of in RUNTIMES.values()]
+    return any(rule(module, members) for module, members in modules.items() for rule in rules)
 
 
 def _check(
@@ -83,15 +80,16 @@ def _check(
     quantized: Mapping[str, tuple[str, ...]],
     kept: Mapping[str, tuple[str, ...]],
 ) -> None:
-    for runtime, excluded in RUNTIMES.items():
+    for runtime, rule_of in RUNTIMES.items():
+        excluded = rule_of(entries)
         for modules, expected in ((quantized, False), (kept, True)):
             for module, members in modules.items():
                 try:
-                    right = excluded(entries, module, members) == expected
+                    right = excluded(module, members) == expected
                 except PartlyExcludedError:
                     right = False
                 if not right:
-                    raise MoeCkptError(
-                        f"{show(module)}: {runtime} would misread whether it is quantized; please "
-                        "report this"
+                    raise LayoutError(
+                        f"{show(module)}: no exclude list tells {runtime} that it is "
+                        f"{'not ' * expected}quantized, for its name is part of another's"
                     )

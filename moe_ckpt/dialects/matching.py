@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
 
-__all__ = ["RUNTIMES", "built_modules", "excluded_by_sglang", "excluded_by_trtllm"]
-__all__ += ["PartlyExcludedError", "excluded_by_vllm"]
+__all__ = ["RUNTIMES", "PartlyExcludedError", "Rule", "built_modules", "sglang", "trtllm", "vllm"]
+
+# Asked for a module that a runtime builds, and its members: is it excluded?
+Rule = Callable[[str, tuple[str, ...]], bool]
 
 FUSED: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -60,54 +61,74 @@ def built_modules(modules: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return built
 
 
-def excluded_by_vllm(entries: Iterable[str], module: str, members: tuple[str, ...]) -> bool:
-    """vLLM's decision for one module it builds; `PartlyExcludedError` where it refuses."""
+def vllm(entries: Iterable[str]) -> Rule:
+    """vLLM's rule for a list; it raises `PartlyExcludedError` where vLLM refuses to load."""
     expanded: list[str] = []
     for entry in entries:
         expanded += [entry[:-1], f"{entry[:-1]}.*"] if entry.endswith("*") else [entry]
-    if _all_listed(members, set(expanded).__contains__):
-        return True
-    if module.endswith(".experts") and any("experts" in e and module in e for e in expanded):
-        return True
-    return any(entry in module or _glob(module, entry) for entry in expanded)
+    listed = frozenset(expanded)
+    globs = _matcher(expanded)
+    of_experts = [entry for entry in expanded if "experts" in entry]
 
-
-def excluded_by_sglang(entries: Iterable[str], module: str, members: tuple[str, ...]) -> bool:
-    """SGLang's decision for one module it builds; `PartlyExcludedError` where it refuses."""
-    entries = list(entries)
-    candidates = (module, *module.split("."))
-    for entry in entries:
-        if entry in candidates:
+    def excluded(module: str, members: tuple[str, ...]) -> bool:
+        if _all_listed(members, listed.__contains__):
             return True
-        pattern = entry.replace(".", r"\.").replace("*", ".*")
-        if "*" in entry and any(re.fullmatch(pattern, candidate) for candidate in candidates):
+        if module.endswith(".experts") and any(module in entry for entry in of_experts):
             return True
-        tail = entry.rpartition(".")[2]
-        if tail in _MLA_PROJECTIONS and tail in module.rpartition(".")[2]:
+        return globs(module) or any(entry in module for entry in expanded)
+
+    return excluded
+
+
+def sglang(entries: Iterable[str]) -> Rule:
+    """SGLang's rule for a list; it raises `PartlyExcludedError` where SGLang refuses to load."""
+    listed = frozenset(entries)
+    globs = _matcher(listed)
+    tails = {entry.rpartition(".")[2] for entry in listed} & _MLA_PROJECTIONS
+
+    def below(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[:n]) in listed for n in range(1, len(parts) + 1))
+
+    def excluded(module: str, members: tuple[str, ...]) -> bool:
+        parts = module.split(".")
+        if any(globs(candidate) for candidate in (module, *parts)):
             return True
+        if any(tail in parts[-1] for tail in tails):
+            return True
+        return below(module) or _all_listed(members, below)
 
-    def listed(name: str) -> bool:
-        return any(name == entry or name.startswith(entry + ".") for entry in entries)
-
-    return listed(module) or _all_listed(members, listed)
-
-
-def excluded_by_trtllm(entries: Iterable[str], _module: str, members: tuple[str, ...]) -> bool:
-    """TensorRT-LLM's decision: a fused module counts by its first member."""
-    parts = members[0].split(".")
-    names = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-    return any(_glob(candidate, entry) for entry in entries for candidate in names)
+    return excluded
 
 
-RUNTIMES = {
-    "vLLM": excluded_by_vllm,
-    "SGLang": excluded_by_sglang,
-    "TensorRT-LLM": excluded_by_trtllm,
+def trtllm(entries: Iterable[str]) -> Rule:
+    """TensorRT-LLM's rule for a list; a fused module counts by its first member."""
+    globs = _matcher(entries)
+
+    def excluded(_module: str, members: tuple[str, ...]) -> bool:
+        parts = members[0].split(".")
+        return any(globs(".".join(parts[:n])) for n in range(1, len(parts) + 1))
+
+    return excluded
+
+
+RUNTIMES: dict[str, Callable[[Iterable[str]], Rule]] = {
+    "vLLM": vllm,
+    "SGLang": sglang,
+    "TensorRT-LLM": trtllm,
 }
 
 
-def _glob(name: str, entry: str) -> bool:
-    return name == entry or ("*" in entry and fnmatchcase(name, entry))
+def _matcher(entries: Iterable[str]) -> Callable[[str], bool]:
+    """Whether a whole name equals an entry, or fits one with ``*`` for any text."""
+    listed = frozenset(entries)
+    patterns = [".*".join(map(re.escape, e.split("*"))) for e in sorted(listed) if "*" in e]
+    pattern = re.compile("|".join(patterns)) if patterns else None
+
+    def matches(name: str) -> bool:
+        return name in listed or bool(pattern and pattern.fullmatch(name))
+
+    return matches
 
 
 def _all_listed(members: tuple[str, ...], listed: Callable[[str], bool]) -> bool:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint import TensorInfo
 from ..dtypes import FLOATS
 from ..errors import LayoutError, Problems, show, show_some
-from ..modules import set_aside
+from ..modules import module_of, reason_to_keep, set_aside
 from .sizes import Sizes, model_type_of, num_hidden_layers, sizes_of
 from .table import FAMILIES, UNSUPPORTED, Family, find_family
 
@@ -28,6 +28,7 @@ _NOT_ROUTED = re.compile(
 )
 _EXPERT = re.compile(r"(^|\.)(local_)?experts?(\.|_\d)")
 _MOE = re.compile(r"experts?|moe")
+_MTP_ONLY = re.compile(r"(^|\.)(eh_proj|enorm|hnorm|shared_head|embed_tokens|\w*mtp\w*)(\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,7 @@ class Detection:
     renamed: Mapping[str, str]
     stacks: frozenset[str]
     num_layers: int | None
+    warnings: tuple[str, ...]
 
 
 def detect(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Detection:
@@ -123,14 +125,17 @@ def detect(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Dete
         except LayoutError as error:
             problems.absorb(error)
     _refuse_disagreement(experts, problems)
+    stacks = frozenset(_stack_of(group.layer) for group in containers)
+    warnings = _check_layers(tensors, experts, stacks, num_layers, problems)
     problems.check()
     return Detection(
         family=family,
         model_type=model_type_of(config),
         experts=tuple(experts),
         renamed=_restore_names(family, experts, tensors),
-        stacks=frozenset(_stack_of(found.layer) for found in experts),
+        stacks=stacks,
         num_layers=num_layers,
+        warnings=warnings,
     )
 
 
@@ -289,9 +294,11 @@ def _group(
 ) -> tuple[list[_Container], list[str]]:
     """Containers by layer, and names that look like experts but are not the family's."""
     leaves = "|".join(family.projections)
-    split = re.compile(rf"(.+\.\d+)\.({re.escape(family.split)})\.(\d+)\.({leaves})\.weight")
+    split = re.compile(
+        rf"(.+\.[0-9]+)\.({re.escape(family.split)})\.([0-9]{{1,6}})\.({leaves})\.weight"
+    )
     fused = [
-        (re.compile(rf"(.+\.\d+)\.({re.escape(path)})\.({re.escape(a)}|{re.escape(b)})"), a)
+        (re.compile(rf"(.+\.[0-9]+)\.({re.escape(path)})\.({re.escape(a)}|{re.escape(b)})"), a)
         for path, a, b in family.fused
     ]
     containers: dict[tuple[str, str], _Container] = {}
@@ -348,6 +355,53 @@ def _refuse_disagreement(experts: list[Experts], problems: Problems) -> None:
                 break
 
 
+def _check_layers(
+    tensors: Mapping[str, TensorInfo],
+    experts: list[Experts],
+    stacks: Set[str],
+    num_layers: int | None,
+    problems: Problems,
+) -> tuple[str, ...]:
+    """Layers that config.json and the tensors do not agree on.
+
+    Refused are a layer with a router and no experts, and ordinary layers beyond the last one of
+    config.json. Missing layers are a warning: families count them in different ways.
+    """
+    with_experts = {found.layer: found for found in experts}
+    routed = {(found.num_experts, found.hidden) for found in experts}
+    present: dict[str, set[int]] = defaultdict(set)
+    beyond: dict[str, bool] = {}
+    for name, info in tensors.items():
+        match = re.match(r"((.+?)\.([0-9]{1,9}))\.(.+)", name)
+        if match is None or match[2] not in stacks:
+            continue
+        layer, number = match[1], int(match[3])
+        present[match[2]].add(number)
+        if num_layers is not None and number >= num_layers:
+            beyond[layer] = beyond.get(layer, False) or bool(_MTP_ONLY.search(match[4]))
+        elif (
+            layer not in with_experts
+            and info.shape in routed
+            and reason_to_keep(module_of(name)) == "router"
+        ):
+            problems.add(
+                LayoutError, f"{show(name)}: is a router, but {show(layer)} has no experts"
+            )
+    ordinary = [layer for layer, is_mtp in beyond.items() if not is_mtp]
+    if ordinary:
+        problems.add(
+            LayoutError,
+            f"{show_some(ordinary)}: config.json says num_hidden_layers={num_layers}, and these do "
+            "not look like multi-token prediction (eh_proj, enorm, hnorm)",
+        )
+    return tuple(
+        f"{show(stack)}: {len(missing)} of {num_layers} layers are not in the checkpoint: "
+        f"{show_some(missing)}"
+        for stack, numbers in present.items()
+        if (missing := [n for n in range(min(num_layers or 0, 10_000)) if n not in numbers])
+    )
+
+
 def _restore_names(
     family: Family, experts: list[Experts], tensors: Mapping[str, TensorInfo]
 ) -> dict[str, str]:
@@ -358,7 +412,7 @@ def _restore_names(
     if not family.renames or not stacks:
         return renamed
     for name in tensors:
-        match = re.match(r"((.+?)\.\d+)\.", name)
+        match = re.match(r"((.+?)\.[0-9]+)\.", name)
         if name in consumed or match is None or match[2] not in stacks:
             continue
         rest = name[match.end() :]

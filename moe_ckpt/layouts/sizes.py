@@ -13,6 +13,7 @@ __all__ = ["Sizes", "model_type_of", "num_hidden_layers", "sizes_of"]
 EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 INTERMEDIATE_KEYS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
 HIDDEN_KEYS = ("hidden_size", "d_model")
+_LAYERS_KEY = "num_hidden_layers"
 
 # Parts of a model that are not the text model with the experts.
 _OTHER_SUBTREES = (
@@ -36,7 +37,7 @@ def sizes_of(config: Mapping[str, Any]) -> Sizes:
     experts: dict[int, str] = {}
     intermediate: dict[int, str] = {}
     hidden: dict[int, str] = {}
-    contradictions: list[str] = []
+    counts: dict[str, str] = {}
     for path, level in _levels(config, ""):
         for keys, found in (
             (EXPERTS_KEYS, experts),
@@ -46,10 +47,13 @@ def sizes_of(config: Mapping[str, Any]) -> Sizes:
             for key in keys:
                 for value in _integers(level.get(key)):
                     found.setdefault(value, path + key)
-        counts = {key: level[key] for key in EXPERTS_KEYS if _integers(level.get(key))}
-        if len({str(value) for value in counts.values()}) > 1:
-            listed = ", ".join(f"{path}{key}={value}" for key, value in counts.items())
-            contradictions.append(f"config.json: expert counts disagree: {listed}")
+        for key in EXPERTS_KEYS:
+            if _integers(level.get(key)):
+                counts[path + key] = str(level[key])
+    contradictions = []
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{key}={value}" for key, value in counts.items())
+        contradictions.append(f"config.json: expert counts disagree: {listed}")
     return Sizes(experts, intermediate, hidden, tuple(contradictions))
 
 
@@ -60,12 +64,11 @@ def model_type_of(config: Mapping[str, Any]) -> str:
 
 
 def num_hidden_layers(config: Mapping[str, Any]) -> int | None:
-    """Layers of the text model, not counting those for multi-token prediction."""
-    for _, level in _levels(config, ""):
-        value = level.get("num_hidden_layers")
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    return None
+    """Layers of the model with the experts, not counting those for multi-token prediction."""
+    levels = [level for _, level in _levels(config, "") if _integers(level.get(_LAYERS_KEY))]
+    with_experts = [level for level in levels if any(level.get(key) for key in EXPERTS_KEYS)]
+    found = [_integers(level[_LAYERS_KEY])[0] for level in with_experts or levels]
+    return found[0] if found else None
 
 
 def _levels(config: Mapping[str, Any], path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
