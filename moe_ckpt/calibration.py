@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-from .checkpoint import TensorInfo
 from .errors import Problems, StatsError, show, show_some
+from .headers import TensorInfo
 from .layouts import Detection, Experts
 from .modules import module_of
 from .stats import Amax, Stats, largest

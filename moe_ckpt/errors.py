@@ -17,7 +17,8 @@ problem they find, so one run is enough to see them all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 __all__ = [
     "CheckpointError",
@@ -32,6 +33,8 @@ __all__ = [
     "UsageError",
     "show",
 ]
+
+T = TypeVar("T")
 
 _SHOWN_LENGTH = 200
 
@@ -120,6 +123,14 @@ class Problems:
         """Record all problems of an error that another check raised."""
         for problem in error.problems:
             self._found.append((type(error), problem))
+
+    def catch(self, check: Callable[[], T]) -> T | None:
+        """What a check returns; None if it raised, and then its problems are recorded."""
+        try:
+            return check()
+        except InputError as error:
+            self.absorb(error)
+            return None
 
     def check(self) -> None:
         """Raise what was recorded: the common class of all problems, or `InputError`."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from .checkpoint import TensorInfo
 from .dtypes import nbytes_of
 from .formats import Part, QuantFormat
+from .headers import TensorInfo
 from .plan import Copy, Job, OutShard, OutTensor, Read, Region, by_alignment, header_of
 
 __all__ = ["CopyUnit", "QuantUnit", "pack"]

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .checkpoint import Shard, SideFile
+from .checkpoint import SideFile
 from .dtypes import itemsize, nbytes_of
+from .headers import Shard
 
 __all__ = ["Copy", "Experts", "Job", "OutShard", "OutTensor", "Plan", "Read", "Region", "Slab"]
 __all__ += ["header_of", "index_of"]

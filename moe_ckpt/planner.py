@@ -10,32 +10,28 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from . import plan as planned
 from .calibration import Calibration
-from .checkpoint import Source, TensorInfo, open_source
+from .checkpoint import Source, open_source
+from .choice import choose, output_name
 from .dialects import LOADERS, config_files, suffix_of
 from .dialects.exclude import exclude_list
-from .dtypes import CODES, FLOATS, nbytes_of
 from .errors import (
     CheckpointError,
-    FormatError,
-    InputError,
     LayoutError,
     Problems,
     UsageError,
     show,
-    show_some,
 )
 from .formats import QuantFormat, find_format
-from .layouts import Detection, Experts, Rows, detect
-from .modules import amax_groups, is_matrix, module_of, reason_to_keep, set_aside
+from .layouts import Detection, detect
 from .packing import CopyUnit, QuantUnit, pack
-from .plan import Job, Plan, Read, Slab
-from .stats import read_stats
+from .plan import Plan
+from .stats import Stats, read_stats
+from .units import UnitMaker
 
 __all__ = ["DEFAULT_FORMAT", "DEFAULT_SHARD_SIZE", "QUANTIZE", "make_plan"]
 
@@ -46,16 +42,6 @@ MISSING_STATS = ("error", "constant")
 
 _UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
 _UNITS |= {"TIB": 2**40, "GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "B": 1, "": 1}
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """What becomes of the tensors outside the experts."""
-
-    linears: tuple[tuple[str, ...], ...]  # groups of source modules that share an amax
-    copies: tuple[tuple[str, str], ...]  # (source tensor, reason)
-    kept: tuple[str, ...]  # output modules that runtimes must be told not to quantize
-    set_aside: Mapping[str, Sequence[str]]  # part of the model -> output modules in it
 
 
 def make_plan(
@@ -93,9 +79,13 @@ def make_plan(
     max_nbytes = parse_size(max_shard_size)
     source = open_source(in_dir)
     _refuse_quantized(source)
-    detection = detect(source.tensors, source.config)
+    problems = Problems()
+    detection = problems.catch(lambda: detect(source.tensors, source.config))
+    read = problems.catch(lambda: read_stats(stats_files) if stats_files else None)
+    problems.check()
+    assert detection is not None
     return _Planner(source, detection, number_format, quantize).plan(
-        stats_files, missing_stats == "constant", max_nbytes
+        stats_files, read, missing_stats == "constant", max_nbytes
     )
 
 
@@ -153,21 +143,29 @@ class _Planner:
         self.quantize = quantize
         self.problems = Problems()
 
-    def plan(self, stats_files: list[str], missing_is_constant: bool, max_nbytes: int) -> Plan:
+    def plan(
+        self,
+        stats_files: list[str],
+        stats: Stats | None,
+        missing_is_constant: bool,
+        max_nbytes: int,
+    ) -> Plan:
         source, detection = self.source, self.detection
-        calibration = self._calibration(stats_files, missing_is_constant)
-        choice = self._choose()
+        calibration = None
+        if stats and self.format.input_scale:
+            calibration = Calibration(stats, detection, missing_is_constant)
+        choice = choose(source.tensors, detection, self.quantize, self.problems)
+        make = UnitMaker(source.tensors, detection, self.format, calibration, self.problems)
         units: list[tuple[str, CopyUnit | QuantUnit]] = [
-            (found.gate_up[0], self._experts_unit(found, calibration))
-            for found in detection.experts
+            (found.gate_up[0], make.of_experts(found)) for found in detection.experts
         ]
         units += (
             (f"{group[0]}.weight", unit)
             for group in choice.linears
-            for unit in self._linear_units(group, calibration)
+            for unit in make.of_linears(group)
         )
         units += (
-            (name, CopyUnit(source.tensors[name], self._output(name), reason))
+            (name, CopyUnit(source.tensors[name], output_name(detection, name), reason))
             for name, reason in choice.copies
         )
         self.problems.check()
@@ -184,7 +182,7 @@ class _Planner:
         self._refuse_collisions(shards)
 
         quantized = [found.output for found in detection.experts]
-        quantized += [self._output(m) for group in choice.linears for m in group]
+        quantized += [output_name(detection, m) for group in choice.linears for m in group]
         exclude = exclude_list(quantized, choice.kept, choice.set_aside)
         jobs = [job for shard in shards for job in shard.jobs]
         kept: dict[str, tuple[int, int]] = {}
@@ -231,18 +229,6 @@ class _Planner:
             ),
         )
 
-    def _calibration(self, files: list[str], missing_is_constant: bool) -> Calibration | None:
-        if not files:
-            return None
-        try:
-            stats = read_stats(files)
-            if not self.format.input_scale:
-                return None
-            return Calibration(stats, self.detection, missing_is_constant)
-        except InputError as error:
-            self.problems.absorb(error)
-            return None
-
     def _notes(self, files: list[str], calibration: Calibration | None) -> tuple[str, ...]:
         notes = list(calibration.stats.notes) if calibration else []
         if self.format.input_scale and not files:
@@ -274,122 +260,6 @@ class _Planner:
             f"{show(self.detection.model_type)}; try the result before you rely on it"
         ]
 
-    def _output(self, name: str) -> str:
-        """The output name of a source tensor, or of a source module."""
-        renamed = self.detection.renamed
-        if name in renamed:
-            return renamed[name]
-        weight = renamed.get(f"{name}.weight")
-        return module_of(weight) if weight else name
-
-    def _choose(self) -> _Choice:
-        """Sort the tensors outside the experts."""
-        consumed = {t for found in self.detection.experts for t in (*found.gate_up, *found.down)}
-        linears: list[tuple[str, int]] = []
-        copies: list[tuple[str, str]] = []
-        kept: list[str] = []
-        aside: dict[str, list[str]] = {}
-        coded: list[str] = []
-        for name, info in self.source.tensors.items():
-            if name in consumed:
-                continue
-            module = module_of(name)
-            matrix = is_matrix(name, info.shape)
-            if matrix and info.dtype in CODES:
-                coded.append(f"{name} {info.dtype}")
-            part = set_aside(name, self.detection.stacks, self.detection.num_layers)
-            if part is not None:
-                copies.append((name, part.reason))
-                inside = aside.setdefault(part.prefix, [])
-                if matrix:
-                    inside.append(self._output(_without_expert(module)))
-                continue
-            reason = reason_to_keep(module) if matrix else "not a matrix"
-            if reason is None and self.quantize == "linear" and info.dtype in FLOATS:
-                linears.append((module, info.shape[1]))
-                continue
-            copies.append((name, reason or "not a routed expert"))
-            if matrix and reason != "embedding":
-                kept.append(self._output(module))
-        if coded:
-            self.problems.add(
-                CheckpointError,
-                f"{show_some(coded)}: weights outside the experts are quantized already; this "
-                "version converts BF16, F16 and F32 checkpoints",
-            )
-        return _Choice(tuple(amax_groups(linears)), tuple(copies), tuple(kept), aside)
-
-    def _experts_unit(self, found: Experts, calibration: Calibration | None) -> QuantUnit:
-        gate, up, down = found.projections
-        I, H = found.intermediate, found.hidden
-        jobs = []
-        for names, rows, columns, rows_of in (
-            ((gate, up), (I, I), H, found.gate_up_rows),
-            ((down,), (H,), I, found.down_rows),
-        ):
-            if columns % self.format.k_multiple:
-                self._indivisible(f"{found.source} {'/'.join(names)}", columns)
-            amax = None
-            if calibration:
-                amax = calibration.experts_amax(found, names, self.problems)
-            slabs = tuple(
-                Slab(
-                    tuple(self._read(range_, columns) for range_ in rows_of(expert)),
-                    tuple(f"{found.output}.{expert}.{name}" for name in names),
-                    tuple(_label(range_, found, expert) for range_ in rows_of(expert)),
-                )
-                for expert in range(found.num_experts)
-            )
-            dtype = self.source.tensors[found.gate_up[0]].dtype
-            jobs.append(Job(slabs, rows, columns, dtype, amax))
-        return QuantUnit(tuple(jobs))
-
-    def _linear_units(
-        self, group: tuple[str, ...], calibration: Calibration | None
-    ) -> list[QuantUnit]:
-        """One unit for linear layers that share an amax, or one for each if they do not."""
-        infos = [self.source.tensors[f"{module}.weight"] for module in group]
-        amax = None
-        if calibration:
-            names = [(module, self._output(module)) for module in group]
-            amax = calibration.linears_amax(names, self.problems)
-        for info in infos:
-            if info.shape[1] % self.format.k_multiple:
-                self._indivisible(info.name, info.shape[1])
-        alike = len({info.dtype for info in infos}) == 1
-        if len(infos) > 1 and self.format.shares_dense_amax and not alike:
-            self.problems.add(
-                LayoutError,
-                f"{show_some(info.name for info in infos)}: read the same input and must share a "
-                "scale, but differ in dtype",
-            )
-        together = self.format.shares_dense_amax and alike
-        return [
-            QuantUnit((self._linear_job(members, amax),))
-            for members in ([infos] if together else [[info] for info in infos])
-        ]
-
-    def _linear_job(self, infos: list[TensorInfo], amax: float | None) -> Job:
-        slab = Slab(
-            tuple(Read(info.shard, info.offset, info.nbytes) for info in infos),
-            tuple(self._output(module_of(info.name)) for info in infos),
-            tuple(info.name for info in infos),
-        )
-        first = infos[0]
-        return Job((slab,), tuple(i.shape[0] for i in infos), first.shape[1], first.dtype, amax)
-
-    def _read(self, rows: Rows, columns: int) -> Read:
-        info = self.source.tensors[rows.tensor]
-        row_nbytes = nbytes_of(info.dtype, (columns,))
-        return Read(info.shard, info.offset + rows.start * row_nbytes, rows.count * row_nbytes)
-
-    def _indivisible(self, what: str, columns: int) -> None:
-        self.problems.add(
-            FormatError,
-            f"{show(what)}: has {columns} columns, {self.format.name} needs a multiple of "
-            f"{self.format.k_multiple}; use --format fp8-tensor",
-        )
-
     def _refuse_collisions(self, shards: Iterable[planned.OutShard]) -> None:
         seen: set[str] = set()
         for shard in shards:
@@ -402,12 +272,3 @@ class _Planner:
                     )
                 seen.add(tensor.name)
         self.problems.check()
-
-
-def _without_expert(module: str) -> str:
-    """The experts of a layer as one module: runtimes must never be told of a single one."""
-    return re.sub(r"\.experts\.\d+\..*", ".experts", module)
-
-
-def _label(rows: Rows, found: Experts, expert: int) -> str:
-    return f"{rows.tensor}[expert {expert}]" if found.form == "fused" else rows.tensor

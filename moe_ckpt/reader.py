@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterable
 from threading import Lock
 
-from .checkpoint import Shard
 from .errors import EnvironmentFaultError, show
+from .headers import Shard
 from .plan import Read
 
 __all__ = ["SourceReader"]

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
 import moe_ckpt
-from moe_ckpt.checkpoint import open_source, read_header
+from moe_ckpt.checkpoint import open_source
 from moe_ckpt.errors import CheckpointError, MoeCkptError
+from moe_ckpt.headers import read_header
 
 INDEX = "model.safetensors.index.json"
 

@@ -1,6 +1,7 @@
 """How families of models store their experts: a table, and detection against it."""
 
-from .detect import Detection, Experts, Rows, detect
+from .container import Experts, Rows
+from .detect import Detection, detect
 from .table import FAMILIES, Family
 
 __all__ = ["FAMILIES", "Detection", "Experts", "Family", "Rows", "detect"]

@@ -13,14 +13,14 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoint import TensorInfo
-from ..dtypes import FLOATS
 from ..errors import LayoutError, Problems, show, show_some
+from ..headers import TensorInfo
 from ..modules import module_of, reason_to_keep, set_aside
-from .sizes import Sizes, model_type_of, num_hidden_layers, sizes_of
+from .container import Container, Experts
+from .sizes import model_type_of, num_hidden_layers, sizes_of
 from .table import FAMILIES, UNSUPPORTED, Family, find_family
 
-__all__ = ["Detection", "Experts", "Rows", "detect"]
+__all__ = ["Detection", "detect"]
 
 _NOT_ROUTED = re.compile(
     r"(^|\.)(shared_?experts?|share_expert|shared_mlp|self_attn|self_attention)\w*\."
@@ -29,49 +29,6 @@ _NOT_ROUTED = re.compile(
 _EXPERT = re.compile(r"(^|\.)(local_)?experts?(\.|_\d)")
 _MOE = re.compile(r"experts?|moe")
 _MTP_ONLY = re.compile(r"(^|\.)(eh_proj|enorm|hnorm|shared_head|embed_tokens|\w*mtp\w*)(\.|$)")
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Contiguous rows of a tensor seen as a matrix [-1, K]."""
-
-    tensor: str
-    start: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """The routed experts of one layer.
-
-    ``gate_up`` and ``down`` hold the tensors: one each if fused, else 2E (gate, up of expert 0,
-    then 1, ...) and E.
-    """
-
-    layer: str
-    source: str
-    output: str
-    projections: tuple[str, str, str]
-    form: str
-    gate_up: tuple[str, ...]
-    down: tuple[str, ...]
-    num_experts: int
-    hidden: int
-    intermediate: int
-    evidence: str
-
-    def gate_up_rows(self, expert: int) -> tuple[Rows, ...]:
-        """The rows [2I, H] of gate, then up, of one expert."""
-        rows = self.intermediate
-        if self.form == "fused":
-            return (Rows(self.gate_up[0], expert * 2 * rows, 2 * rows),)
-        return tuple(Rows(name, 0, rows) for name in self.gate_up[2 * expert : 2 * expert + 2])
-
-    def down_rows(self, expert: int) -> tuple[Rows, ...]:
-        """The rows [H, I] of down of one expert."""
-        if self.form == "fused":
-            return (Rows(self.down[0], expert * self.hidden, self.hidden),)
-        return (Rows(self.down[expert], 0, self.hidden),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,116 +139,9 @@ def _refuse_unrestorable(
         )
 
 
-class _Container:
-    """Tensors that may be the experts of one layer, before they are checked."""
-
-    def __init__(self, layer: str, source: str, form: str) -> None:
-        self.layer, self.source, self.form = layer, source, form
-        self.members: dict[tuple[int, int], str] = {}  # (expert or -1, position) -> tensor
-
-    def check(self, tensors: Mapping[str, TensorInfo], family: Family, sizes: Sizes) -> Experts:
-        members = self.members
-        gate_up: tuple[str, ...]
-        down: tuple[str, ...]
-        dtypes = {tensors[name].dtype for name in members.values()}
-        if not dtypes <= FLOATS or len(dtypes) > 1:
-            raise LayoutError(
-                f"{show(self.source)}: experts are stored as {', '.join(sorted(dtypes))}; expected "
-                "BF16, F16 or F32 throughout. Quantized or packed experts are not supported"
-            )
-        if self.form == "fused":
-            E, H, I, shapes = self._fused_sizes(tensors, family)
-            gate_up, down = (members[-1, 0],), (members[-1, 1],)
-        else:
-            E, H, I, shapes = self._split_sizes(tensors)
-            gate_up = tuple(members[e, p] for e in range(E) for p in (0, 1))
-            down = tuple(members[e, 2] for e in range(E))
-        for what, value, known in (
-            ("experts", E, sizes.experts),
-            ("rows of gate (I)", I, sizes.intermediate),
-            ("columns of gate (H)", H, sizes.hidden),
-        ):
-            if value not in known:
-                listed = ", ".join(f"{key}={number}" for number, key in known.items()) or "nothing"
-                raise LayoutError(
-                    f"{show(self.source)}: {shapes} has {value} {what}, config.json says {listed}"
-                )
-        evidence = (
-            f"{shapes}; E={E} ({sizes.experts[E]}), I={I} ({sizes.intermediate[I]}), "
-            f"H={H} ({sizes.hidden[H]})"
-        )
-        return Experts(
-            layer=self.layer,
-            source=self.source,
-            output=f"{self.layer}.{family.split}",
-            projections=family.projections,
-            form=self.form,
-            gate_up=gate_up,
-            down=down,
-            num_experts=E,
-            hidden=H,
-            intermediate=I,
-            evidence=evidence,
-        )
-
-    def _fused_sizes(
-        self, tensors: Mapping[str, TensorInfo], family: Family
-    ) -> tuple[int, int, int, str]:
-        if len(self.members) != 2:
-            raise LayoutError(
-                f"{show(self.source)}: only {show_some(self.members.values())} is there; fused "
-                "experts need gate_up and down"
-            )
-        first, second = (tensors[self.members[-1, p]] for p in (0, 1))
-        shapes = (
-            f"{show(first.name)} {list(first.shape)} with {show(second.name.split('.')[-1])} "
-            f"{list(second.shape)}"
-        )
-        if len(first.shape) != 3 or len(second.shape) != 3 or 0 in first.shape + second.shape:
-            raise LayoutError(f"{shapes}: expected two 3-D tensors, [E, 2I, H] and [E, H, I]")
-        (E, a, b), (E2, c, d) = first.shape, second.shape
-        if E != E2:
-            raise LayoutError(f"{shapes}: the numbers of experts differ, {E} and {E2}")
-        if a != 2 * d or b != c:
-            transposed = b == 2 * c and a == d
-            stored = "stored transposed, [E, H, 2I] and [E, I, H]" if transposed else "neither"
-            raise LayoutError(
-                f"{shapes}: expected [E, 2I, H] and [E, H, I]; these are {stored}, which this "
-                "version does not convert"
-            )
-        if family.either_orientation and (a == b or c == d):
-            raise LayoutError(
-                f"{shapes}: one of them is square, and {family.name} files exist in both "
-                "orientations; the shapes cannot tell which this is"
-            )
-        return E, b, d, shapes
-
-    def _split_sizes(self, tensors: Mapping[str, TensorInfo]) -> tuple[int, int, int, str]:
-        ids = {expert for expert, _ in self.members}
-        E = max(ids) + 1
-        missing = E * 3 - len(self.members)
-        if missing:
-            e, p = next((e, p) for e in range(E) for p in range(3) if (e, p) not in self.members)
-            raise LayoutError(
-                f"{show(self.source)}: {missing} of {E * 3} expert matrices are missing, first "
-                f"{('gate', 'up', 'down')[p]} of expert {e}"
-            )
-        gate, up, down = (tensors[self.members[0, p]].shape for p in range(3))
-        shapes = f"{show(self.source)}.0 {list(gate)}, {list(up)}, {list(down)}"
-        if len(gate) != 2 or gate != up or down != gate[::-1] or 0 in gate:
-            raise LayoutError(f"{shapes}: expected gate [I, H], up [I, H] and down [H, I]")
-        for (_, p), name in self.members.items():
-            if tensors[name].shape != (gate, up, down)[p]:
-                raise LayoutError(
-                    f"{show(name)}: is {list(tensors[name].shape)}, expert 0 has "
-                    f"{list((gate, up, down)[p])}"
-                )
-        return E, gate[1], gate[0], shapes
-
-
 def _group(
     family: Family, tensors: Mapping[str, TensorInfo], num_layers: int | None
-) -> tuple[list[_Container], list[str]]:
+) -> tuple[list[Container], list[str]]:
     """Containers by layer, and names that look like experts but are not the family's."""
     leaves = "|".join(family.projections)
     split = re.compile(
@@ -301,7 +151,7 @@ def _group(
         (re.compile(rf"(.+\.[0-9]+)\.({re.escape(path)})\.({re.escape(a)}|{re.escape(b)})"), a)
         for path, a, b in family.fused
     ]
-    containers: dict[tuple[str, str], _Container] = {}
+    containers: dict[tuple[str, str], Container] = {}
     unmatched: list[str] = []
     for name, info in tensors.items():
         matches = [(m, first) for pattern, first in fused if (m := pattern.fullmatch(name))]
@@ -309,11 +159,11 @@ def _group(
         if matches:
             match, first = matches[0]
             source = f"{match[1]}.{match[2]}"
-            group = containers.setdefault((source, "fused"), _Container(match[1], source, "fused"))
+            group = containers.setdefault((source, "fused"), Container(match[1], source, "fused"))
             group.members[-1, 0 if match[3] == first else 1] = name
         elif one:
             source = f"{one[1]}.{one[2]}"
-            group = containers.setdefault((source, "split"), _Container(one[1], source, "split"))
+            group = containers.setdefault((source, "split"), Container(one[1], source, "split"))
             group.members[int(one[3]), family.projections.index(one[4])] = name
         elif _is_expert(info):
             unmatched.append(name)
