@@ -86,7 +86,7 @@ class Calibration:
             self.covered += len(outputs)
         return found
 
-    def warnings(self, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    def warnings(self, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
         """What the user should know about the statistics."""
         found = []
         if self._unreached:
@@ -110,7 +110,7 @@ class Calibration:
                 f"statistics of modules that this model does not have were ignored: "
                 f"{show_some(unknown)}"
             )
-        return found
+        return tuple(found)
 
     def _fused_names(self, experts: Experts, *, is_down: bool) -> set[str]:
         """What the layer's stacked projection may be called, in this file or in transformers."""

@@ -256,17 +256,19 @@ class _Progress:
 
 
 def _result_lines(result: Result) -> Iterable[str]:
-    from .report import size
+    from .report import count_of, size
 
     plan = result.plan
+    copied = sum(count for count, _ in plan.kept.values())
     yield (
-        f"{plan.quantized_matrices:,} matrices quantized to {plan.format}, "
-        f"{sum(count for count, _ in plan.kept.values()):,} tensors copied; "
-        f"{size(plan.source_nbytes)} -> {size(plan.tensors_nbytes)} in {len(plan.shards)} shards"
+        f"{plan.quantized_matrices:,} matrices quantized to "
+        f"{plan.format}, {count_of(copied, 'tensor')} copied; {size(plan.source_nbytes)} -> "
+        f"{size(plan.tensors_nbytes)} in {count_of(len(plan.shards), 'shard')}"
     )
+    kinds = [f"{len(texts)} on {kind}" for kind, texts in plan.warnings_by_kind.items() if texts]
     yield (
         f"{result.seconds:.1f} s on {result.device}, "
         f"{size(plan.read_nbytes / max(result.seconds, 1e-9))}/s; "
-        f"{len(plan.warnings) or 'no'} warnings"
+        f"warnings: {', '.join(kinds) or 'none'}"
     )
     yield f"written to {show(result.out_dir)}"

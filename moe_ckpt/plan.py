@@ -132,6 +132,7 @@ class Experts:
 
     source: str
     output: str
+    projections: tuple[str, ...]
     form: str
     num_experts: int
     intermediate: int
@@ -168,7 +169,12 @@ class Plan:
     stats_files: tuple[str, ...]
     stats_covered: int
     notes: tuple[str, ...]
-    warnings: tuple[str, ...]
+    warnings_by_kind: Mapping[str, tuple[str, ...]]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """All warnings."""
+        return tuple(text for texts in self.warnings_by_kind.values() for text in texts)
 
     @property
     def tensors_nbytes(self) -> int:

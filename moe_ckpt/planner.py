@@ -203,6 +203,7 @@ class _Planner:
                 planned.Experts(
                     found.source,
                     found.output,
+                    found.projections,
                     found.form,
                     found.num_experts,
                     found.intermediate,
@@ -221,12 +222,12 @@ class _Planner:
             stats_files=tuple(stats_files),
             stats_covered=calibration.covered if calibration else 0,
             notes=self._notes(stats_files, calibration),
-            warnings=(
-                *source.warnings,
-                *detection.warnings,
-                *self._loader_warnings(),
-                *(calibration.warnings(source.tensors) if calibration else ()),
-            ),
+            warnings_by_kind={
+                "files": source.warnings,
+                "layers": detection.warnings,
+                "loaders": self._loader_warnings(),
+                "statistics": calibration.warnings(source.tensors) if calibration else (),
+            },
         )
 
     def _notes(self, files: list[str], calibration: Calibration | None) -> tuple[str, ...]:
@@ -252,13 +253,13 @@ class _Planner:
             if name in known or (name == "TensorRT-LLM" and set(known) & {"vLLM", "SGLang"})
         )
 
-    def _loader_warnings(self) -> list[str]:
+    def _loader_warnings(self) -> tuple[str, ...]:
         if self._loaders():
-            return []
-        return [
+            return ()
+        return (
             f"no runtime is known to load {self.format.name} of model type "
-            f"{show(self.detection.model_type)}; try the result before you rely on it"
-        ]
+            f"{show(self.detection.model_type)}; try the result before you rely on it",
+        )
 
     def _refuse_collisions(self, shards: Iterable[planned.OutShard]) -> None:
         seen: set[str] = set()

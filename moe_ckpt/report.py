@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from .dialects import suffix_of
 from .errors import show
+from .formats import find_format
 from .plan import Plan
 from .planner import make_plan
 from .schedule import CPU, peak_nbytes
 
-__all__ = ["inspect", "plan_document", "plan_lines", "size", "table"]
+__all__ = ["count_of", "inspect", "plan_document", "plan_lines", "size", "table"]
 
 
 def inspect(in_dir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -72,7 +74,11 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         },
         "peak_memory_nbytes": peak_nbytes(plan, CPU),
         "notes": list(plan.notes),
-        "warnings": list(plan.warnings),
+        "warnings": [
+            {"kind": kind, "message": text}
+            for kind, texts in plan.warnings_by_kind.items()
+            for text in texts
+        ],
     }
 
 
@@ -85,15 +91,17 @@ def plan_lines(plan: Plan) -> Iterator[str]:
             f"{show(example.source)}"
         )
         yield f"Evidence  {example.evidence}"
-        names = f"{show(example.output)}.0 ... {example.num_experts - 1}"
-        yield f"Become    {names}"
+        yield (
+            f"Become    {show(example.output)}.{{0 ... {example.num_experts - 1}}}"
+            f".{{{', '.join(example.projections)}}}.{{{', '.join(_suffixes(plan.format))}}}"
+        )
     yield f"Format    {plan.format}, spelled as ModelOpt does"
     yield f"Loads in  {_list(plan.loaders) or 'no runtime known'}; not in transformers"
     yield ""
     rows = [
         ("quantized", f"{plan.quantized_matrices:,} matrices", size(plan.quantized_nbytes), ""),
         *(
-            ("copied", f"{count:,} tensors", size(nbytes), reason)
+            ("copied", count_of(count, "tensor"), size(nbytes), reason)
             for reason, count, nbytes in _kept_rows(plan)
         ),
     ]
@@ -102,7 +110,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield (
         f"Size      {size(plan.source_nbytes)} -> {size(plan.tensors_nbytes)} "
         f"({plan.tensors_nbytes / max(plan.source_nbytes, 1):.0%}), "
-        f"{len(plan.source_shards)} -> {len(plan.shards)} shards"
+        f"{len(plan.source_shards)} -> {count_of(len(plan.shards), 'shard')}"
     )
     yield (
         f"Work      read {size(plan.read_nbytes)}, write {size(plan.write_nbytes)}, at most "
@@ -138,6 +146,19 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.1f} TB"
+
+
+def count_of(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> count_of(1, "shard"), count_of(2000, "tensor")
+    ('1 shard', '2,000 tensors')
+    """
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def _suffixes(format_name: str) -> list[str]:
+    return [suffix_of(format_name, part.role) for part in find_format(format_name).parts]
 
 
 def _kept_rows(plan: Plan) -> list[tuple[str, int, int]]:

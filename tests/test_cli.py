@@ -27,7 +27,7 @@ def test_convert_with_statistics(tmp_path):
     assert done.stdout == ""
     assert "shard 1 of 1: model.safetensors" in done.stderr
     assert "48 matrices quantized to nvfp4, 21 tensors copied" in done.stderr
-    assert "no warnings" in done.stderr
+    assert "warnings: none" in done.stderr
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         *(".moe-ckpt", "config.json", "generation_config.json", "hf_quant_config.json"),
         "model.safetensors",
@@ -64,7 +64,9 @@ def test_dry_run_writes_nothing(tmp_path):
         "Loads in  vLLM, SGLang, TensorRT-LLM",
         "not a routed expert",
         "router",
-        "6 -> 1 shards",
+        "6 -> 1 shard",
+        "model.layers.0.mlp.experts.{0 ... 7}.{gate_proj, up_proj, down_proj}."
+        "{weight, weight_scale, weight_scale_2, input_scale}",
         "of memory",
     ):
         assert text in done.stderr
@@ -237,3 +239,19 @@ def test_a_full_stdout_is_an_environment_fault():
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert done.returncode == 5
     assert done.stderr == "moe-ckpt: error: standard output: No space left on device\n"
+
+
+def test_warnings_are_counted_by_kind(tmp_path):
+    shutil.copytree(SOURCE, tmp_path / "in")
+    (tmp_path / "in" / "extra.safetensors").write_bytes(b"")
+    (tmp_path / "secret").write_text("")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "secret")
+    stats = json.loads(STATS.read_text())
+    stats["modules"]["stranger"] = {"input_amax": 1}
+    (tmp_path / "stats.json").write_text(json.dumps(stats))
+    args = ("convert", tmp_path / "in", tmp_path / "out", "--stats", tmp_path / "stats.json")
+    done = run_cli(*args, "--json")
+    assert done.stderr.count("moe-ckpt: warning: ") == 3
+    assert "warnings: 2 on files, 1 on statistics" in done.stderr
+    kinds = [warning["kind"] for warning in json.loads(done.stdout)["warnings"]]
+    assert kinds == ["files", "files", "statistics"]

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moe_ckpt
+from moe_ckpt import packing
 from moe_ckpt.errors import FormatError, LayoutError, UsageError
 from moe_ckpt.plan import header_of, index_of
 
@@ -161,3 +162,11 @@ def test_linears_that_share_a_scale_must_be_alike(tmp_path):
 def test_sizes_that_are_none(size):
     with pytest.raises(UsageError, match="5GB"):
         moe_ckpt.make_plan(SOURCE, max_shard_size=size)
+
+
+def test_headers_stay_below_what_readers_allow(monkeypatch):
+    """The limit is 100 MB; a smaller one shows the same with a smaller model."""
+    monkeypatch.setattr(packing, "HEADER_CAP_NBYTES", 8000)
+    shards = moe_ckpt.make_plan(SOURCE).shards
+    assert len(shards) == 3
+    assert all(shard.header_nbytes <= 8000 for shard in shards)
