@@ -247,7 +247,8 @@ class _Progress:
         self._bar.close()
 
     def _report(self, nbytes: int, shard: OutShard | None) -> None:
-        self._bar.update(nbytes)
+        with suppress(OSError):  # a terminal that has gone away
+            self._bar.update(nbytes)
         if shard is not None and self._lines:
             from .report import size
 
