@@ -82,8 +82,10 @@ def detect(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Dete
         except LayoutError as error:
             problems.absorb(error)
     _refuse_disagreement(experts, problems)
-    stacks = frozenset(_stack_of(group.layer) for group in containers)
-    warnings = _check_layers(tensors, experts, stacks, num_layers, problems)
+    layers = {group.layer for group in containers}
+    stacks = frozenset(map(_stack_of, layers))
+    routed = {(found.num_experts, found.hidden) for found in experts}
+    warnings = _check_layers(tensors, layers, routed, num_layers, problems)
     problems.check()
     return Detection(
         family=family,
@@ -207,18 +209,18 @@ def _refuse_disagreement(experts: list[Experts], problems: Problems) -> None:
 
 def _check_layers(
     tensors: Mapping[str, TensorInfo],
-    experts: list[Experts],
-    stacks: Set[str],
+    with_experts: Set[str],
+    routers: Set[tuple[int, int]],
     num_layers: int | None,
     problems: Problems,
 ) -> tuple[str, ...]:
     """Layers that config.json and the tensors do not agree on.
 
-    Refused are a layer with a router and no experts, and ordinary layers beyond the last one of
-    config.json. Missing layers are a warning: families count them in different ways.
+    Refused are a layer with a router (of shape [E, H]) and no experts, and ordinary layers beyond
+    the last one of config.json. Missing layers are a warning: families count them in different
+    ways.
     """
-    with_experts = {found.layer: found for found in experts}
-    routed = {(found.num_experts, found.hidden) for found in experts}
+    stacks = set(map(_stack_of, with_experts))
     present: dict[str, set[int]] = defaultdict(set)
     beyond: dict[str, bool] = {}
     for name, info in tensors.items():
@@ -231,7 +233,7 @@ def _check_layers(
             beyond[layer] = beyond.get(layer, False) or bool(_MTP_ONLY.search(match[4]))
         elif (
             layer not in with_experts
-            and info.shape in routed
+            and info.shape in routers
             and reason_to_keep(module_of(name)) == "router"
         ):
             problems.add(
