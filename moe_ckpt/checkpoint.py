@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .strict_json import parse_object, type_name
 
 __all__ = ["SideFile", "Source", "open_source"]
 
+# What loaders look for in a folder, in the source and in the output alike.
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -82,12 +84,10 @@ def _open_source(root: Path) -> Source:
     shards: dict[str, Shard] = {}
     tensors: dict[str, TensorInfo] = {}
     for name in sorted(set(weight_map.values())) if weight_map else [_only_shard(root)]:
-        try:
-            shard, found = read_header(root / name)
-        except CheckpointError as error:
-            problems.absorb(error)
+        read = problems.catch(partial(read_header, root / name))
+        if read is None:
             continue
-        shards[name] = shard
+        shards[name], found = read
         for info in found:
             if info.name in tensors:
                 problems.add(

@@ -112,9 +112,6 @@ class Problems:
     def __init__(self) -> None:
         self._found: list[tuple[type[InputError], str]] = []
 
-    def __bool__(self) -> bool:
-        return bool(self._found)
-
     def add(self, kind: type[InputError], problem: str) -> None:
         """Record one problem; it is raised by `check`."""
         self._found.append((kind, problem))

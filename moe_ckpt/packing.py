@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from .checkpoint import SINGLE
 from .dtypes import nbytes_of
 from .formats import Part, QuantFormat
 from .headers import TensorInfo
@@ -32,7 +33,7 @@ class CopyUnit:
 
 @dataclass(frozen=True, slots=True)
 class QuantUnit:
-    """Jobs whose slabs go together: slab i of every job is cut from the others' i nowhere."""
+    """Jobs whose slabs go together: slab i of each lands in one shard."""
 
     jobs: tuple[Job, ...]
 
@@ -125,7 +126,7 @@ def _cut(job: Job, start: int, stop: int) -> Job:
 
 def _shard_names(count: int) -> list[str]:
     if count == 1:
-        return ["model.safetensors"]
+        return [SINGLE]
     return [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
 
 

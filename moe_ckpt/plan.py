@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .checkpoint import SideFile
 from .dtypes import itemsize, nbytes_of
 from .headers import Shard
+from .layouts import Experts
 
-__all__ = ["Copy", "Experts", "Job", "OutShard", "OutTensor", "Plan", "Read", "Region", "Slab"]
-__all__ += ["header_of", "index_of"]
+__all__ = ["Copy", "Job", "OutShard", "OutTensor", "Plan", "Read", "Region", "Slab"]
+__all__ += ["by_alignment", "header_of", "index_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,26 +128,11 @@ class OutShard:
 
 
 @dataclass(frozen=True, slots=True)
-class Experts:
-    """The routed experts of one layer, for reports."""
-
-    source: str
-    output: str
-    projections: tuple[str, ...]
-    form: str
-    num_experts: int
-    intermediate: int
-    hidden: int
-    evidence: str
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """A conversion, decided.
 
     ``files`` are the configuration files, name -> text, in the order they are written.
     ``loaders`` are the runtimes known to read the result.
-    ``kept`` counts what is copied, reason -> (tensors, bytes).
     """
 
     root: Path
@@ -163,9 +149,6 @@ class Plan:
     files: Mapping[str, str]
     side_files: tuple[SideFile, ...]
     left_out: tuple[str, ...]
-    quantized_matrices: int
-    quantized_nbytes: int
-    kept: Mapping[str, tuple[int, int]]
     stats_files: tuple[str, ...]
     stats_covered: int
     notes: tuple[str, ...]
@@ -189,13 +172,29 @@ class Plan:
         return sum(shard.nbytes for shard in self.shards) + files + sides
 
     @property
+    def quantized_matrices(self) -> int:
+        """How many matrices are quantized."""
+        return sum(len(job.rows) * len(job.slabs) for shard in self.shards for job in shard.jobs)
+
+    @property
+    def quantized_nbytes(self) -> int:
+        """Source bytes of what is quantized."""
+        return sum(job.slab_nbytes * len(job.slabs) for shard in self.shards for job in shard.jobs)
+
+    @property
+    def kept(self) -> dict[str, tuple[int, int]]:
+        """What is copied: reason -> (tensors, bytes)."""
+        found: dict[str, tuple[int, int]] = {}
+        for shard in self.shards:
+            for copy in shard.copies:
+                count, nbytes = found.get(copy.reason, (0, 0))
+                found[copy.reason] = (count + 1, nbytes + copy.read.nbytes)
+        return found
+
+    @property
     def read_nbytes(self) -> int:
         """Bytes of weights that are read, each counted once."""
-        return sum(
-            sum(copy.read.nbytes for copy in shard.copies)
-            + sum(job.slab_nbytes * len(job.slabs) for job in shard.jobs)
-            for shard in self.shards
-        )
+        return self.quantized_nbytes + sum(nbytes for _, nbytes in self.kept.values())
 
     def digest(self) -> str:
         """SHA-256 over everything that decides an output byte or its place."""
@@ -241,9 +240,3 @@ def index_of(plan: Plan) -> str | None:
 def by_alignment(tensor: OutTensor) -> int:
     """Sort key: wide items first, so that every tensor is aligned for readers that map files."""
     return -itemsize(tensor.dtype)
-
-
-def all_tensors(plan: Plan) -> Iterator[OutTensor]:
-    """Every output tensor."""
-    for shard in plan.shards:
-        yield from shard.tensors

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
-from . import plan as planned
 from .calibration import Calibration
 from .checkpoint import Source, open_source
 from .choice import choose, output_name
@@ -29,7 +28,7 @@ from .errors import (
 from .formats import QuantFormat, find_format
 from .layouts import Detection, detect
 from .packing import CopyUnit, QuantUnit, pack
-from .plan import Plan
+from .plan import OutShard, Plan
 from .stats import Stats, read_stats
 from .units import UnitMaker
 
@@ -184,11 +183,6 @@ class _Planner:
         quantized = [found.output for found in detection.experts]
         quantized += [output_name(detection, m) for group in choice.linears for m in group]
         exclude = exclude_list(quantized, choice.kept, choice.set_aside)
-        jobs = [job for shard in shards for job in shard.jobs]
-        kept: dict[str, tuple[int, int]] = {}
-        for name, reason in choice.copies:
-            count, nbytes = kept.get(reason, (0, 0))
-            kept[reason] = (count + 1, nbytes + source.tensors[name].nbytes)
         return Plan(
             root=source.root,
             model_type=detection.model_type,
@@ -199,26 +193,11 @@ class _Planner:
             source_shards=tuple(source.shards.values()),
             source_nbytes=sum(info.nbytes for info in source.tensors.values()),
             num_parameters=sum(prod(info.shape) for info in source.tensors.values()),
-            experts=tuple(
-                planned.Experts(
-                    found.source,
-                    found.output,
-                    found.projections,
-                    found.form,
-                    found.num_experts,
-                    found.intermediate,
-                    found.hidden,
-                    found.evidence,
-                )
-                for found in detection.experts
-            ),
+            experts=detection.experts,
             shards=tuple(shards),
             files=config_files(source.config, self.format.name, exclude),
             side_files=source.side_files,
             left_out=source.left_out,
-            quantized_matrices=sum(len(job.rows) * len(job.slabs) for job in jobs),
-            quantized_nbytes=sum(job.slab_nbytes * len(job.slabs) for job in jobs),
-            kept=kept,
             stats_files=tuple(stats_files),
             stats_covered=calibration.covered if calibration else 0,
             notes=self._notes(stats_files, calibration),
@@ -261,7 +240,7 @@ class _Planner:
             f"{show(self.detection.model_type)}; try the result before you rely on it",
         )
 
-    def _refuse_collisions(self, shards: Iterable[planned.OutShard]) -> None:
+    def _refuse_collisions(self, shards: Iterable[OutShard]) -> None:
         seen: set[str] = set()
         for shard in shards:
             for tensor in shard.tensors:

@@ -22,6 +22,7 @@ import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,10 @@ def read_stats(files: Iterable[str | os.PathLike[str]]) -> Stats:
     notes: list[str] = []
     for file in files:
         path = Path(file)
-        try:
-            modules, more = _read(path)
-        except StatsError as error:
-            problems.absorb(error)
+        read = problems.catch(partial(_read, path))
+        if read is None:
             continue
+        modules, more = read
         notes += more
         for name, amax in modules.items():
             where = f'{show(path.name)}: modules["{show(name)}"].input_amax'

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from .checkpoint import CONFIG, INDEX
 from .errors import (
     EnvironmentFaultError,
     InputError,
@@ -35,7 +36,6 @@ __all__ = ["OutputFolder", "ShardWriter", "check_out_dir"]
 
 PRIVATE = ".moe-ckpt"
 WRITTEN = "written.json"
-INDEX = "model.safetensors.index.json"
 _COPY_NBYTES = 4 << 20
 _RECORD_CAP_NBYTES = 100_000_000
 
@@ -80,7 +80,7 @@ def check_out_dir(in_dir: Path, out_dir: Path, *, overwrite: bool) -> list[Path]
             f"{show(out_dir)}: holds an earlier conversion; pass --overwrite to replace it"
         )
     # What makes the folder loadable goes first, what makes it ours goes last.
-    order = {"config.json": -2, INDEX: -1, f"{PRIVATE}/{WRITTEN}": 1}
+    order = {CONFIG: -2, INDEX: -1, f"{PRIVATE}/{WRITTEN}": 1}
     return [out_dir / name for name in sorted(present, key=lambda name: (order.get(name, 0), name))]
 
 

@@ -14,22 +14,21 @@ from __future__ import annotations
 
 import torch
 
+from . import e4m3
 from .amax import scale_of
 from .scratch import Scratch
 
 __all__ = ["dequantize", "input_scale", "quantize", "weight_scales"]
 
-E4M3_MAX = 448.0
-
 
 def weight_scales(amax_B: torch.Tensor) -> dict[str, torch.Tensor]:
     """The scale, float32 [B], of matrices with the given amax, float32 [B]."""
-    return {"global_scale": scale_of(amax_B, E4M3_MAX)}
+    return {"global_scale": scale_of(amax_B, e4m3.MAX)}
 
 
 def input_scale(amax_B: torch.Tensor) -> torch.Tensor:
     """The activation scale, float32 [B], for activations of the given amax, float32 [B]."""
-    return scale_of(amax_B, E4M3_MAX)
+    return scale_of(amax_B, e4m3.MAX)
 
 
 def quantize(
@@ -53,7 +52,7 @@ def quantize(
     scale = weight_scales(amax_B)["global_scale"].view(-1, 1, 1)
     scaled = scratch.empty("scaled", tuple(weight_BNK.shape), torch.float32).copy_(weight_BNK)
     scaled /= scale
-    scaled.clamp_(-E4M3_MAX, E4M3_MAX)
+    scaled.clamp_(-e4m3.MAX, e4m3.MAX)
     qweight = out["qweight"].copy_(scaled) if out else scaled.to(torch.float8_e4m3fn)
     return {"qweight": qweight}
 

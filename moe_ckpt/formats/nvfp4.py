@@ -16,25 +16,23 @@ from __future__ import annotations
 
 import torch
 
-from . import e2m1
+from . import e2m1, e4m3
 from .amax import abs_max, scale_of
 from .scratch import Scratch
 
 __all__ = ["BLOCK", "dequantize", "input_scale", "quantize", "weight_scales"]
 
 BLOCK = 16
-E4M3_MAX = 448.0
-E4M3_MIN = 2.0**-9  # the smallest subnormal: below it a scale would become 0
 
 
 def weight_scales(amax_B: torch.Tensor) -> dict[str, torch.Tensor]:
     """The global scale, float32 [B], of matrices with the given amax, float32 [B]."""
-    return {"global_scale": scale_of(amax_B, e2m1.MAX * E4M3_MAX)}
+    return {"global_scale": scale_of(amax_B, e2m1.MAX * e4m3.MAX)}
 
 
 def input_scale(amax_B: torch.Tensor) -> torch.Tensor:
     """The activation scale, float32 [B], for activations of the given amax, float32 [B]."""
-    return scale_of(amax_B, e2m1.MAX * E4M3_MAX)
+    return scale_of(amax_B, e2m1.MAX * e4m3.MAX)
 
 
 def quantize(
@@ -60,7 +58,7 @@ def quantize(
     blocks = weight_BNK.view(B, N, K // BLOCK, BLOCK)
     scale = abs_max(blocks, scratch) / (e2m1.MAX * global_scale)
     scale.masked_fill_(scale == 0, 1.0)
-    block_scale = scale.clamp_(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
+    block_scale = scale.clamp_(e4m3.MIN, e4m3.MAX).to(torch.float8_e4m3fn)
     divisor = block_scale.float() * global_scale
     scaled = scratch.empty("scaled", tuple(blocks.shape), torch.float32).copy_(blocks)
     scaled /= divisor.unsqueeze(-1)

@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..errors import LayoutError, Problems, show, show_some
@@ -75,12 +76,8 @@ def detect(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Dete
             LayoutError,
             f"no routed experts found; family {family.name} stores them as {_forms(family)}",
         )
-    experts: list[Experts] = []
-    for container in containers:
-        try:
-            experts.append(container.check(tensors, family, sizes))
-        except LayoutError as error:
-            problems.absorb(error)
+    checked = [problems.catch(partial(c.check, tensors, family, sizes)) for c in containers]
+    experts = [found for found in checked if found is not None]
     _refuse_disagreement(experts, problems)
     layers = {group.layer for group in containers}
     stacks = frozenset(map(_stack_of, layers))
