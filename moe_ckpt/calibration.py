@@ -43,7 +43,7 @@ class Calibration:
         """
         E = experts.num_experts
         known: list[float | None] = [None] * E
-        for name in self._fused_names(experts, is_down=len(projections) == 1):
+        for name in self._fused_names(experts, is_down=projections == experts.projections[-1:]):
             amax = self._find(name)
             if isinstance(amax, tuple):
                 if len(amax) != E:
@@ -59,7 +59,8 @@ class Calibration:
         for expert in range(E):
             for prefix in {experts.output, experts.source}:
                 for projection in projections:
-                    amax = self._find_number(f"{prefix}.{expert}.{projection}", problems)
+                    name = f"{prefix}.{experts.first + expert}.{projection}"
+                    amax = self._find_number(name, problems)
                     known[expert] = largest((known[expert], amax))
         found = largest(known)
         label = f"{experts.output}.*.{'/'.join(projections)}"
@@ -114,12 +115,13 @@ class Calibration:
 
     def _fused_names(self, experts: Experts, *, is_down: bool) -> set[str]:
         """What the layer's stacked projection may be called, in this file or in transformers."""
-        names = {
-            f"{experts.layer}.{path}.{(down if is_down else gate_up).removesuffix('.weight')}"
-            for path, gate_up, down in self.detection.family.fused
-        }
-        leaf = "down_proj" if is_down else "gate_up_proj"
-        return names | {f"{experts.output}.{leaf}", f"{experts.layer}.mlp.experts.{leaf}"}
+        paths = [f"{experts.output}", f"{experts.layer}.mlp.experts"]
+        names = {f"{path}.{'down_proj' if is_down else 'gate_up_proj'}" for path in paths}
+        for form in self.detection.family.forms:
+            leaves = form.leaves[-1:] if is_down else form.leaves[:-1]
+            path = f"{experts.layer}.{form.path}"
+            names |= {f"{path}.{leaf.removesuffix('.weight')}" for leaf in leaves}
+        return names
 
     def _transformers_names(self, output: str) -> Iterator[str]:
         """What transformers may call a module that loaders call ``output``."""

@@ -43,7 +43,7 @@ def choose(
     tensors: Mapping[str, TensorInfo], detection: Detection, quantize: str, problems: Problems
 ) -> Choice:
     """Sort the tensors outside the experts; ``quantize`` is "experts" or "linear"."""
-    consumed = {t for found in detection.experts for t in (*found.gate_up, *found.down)}
+    consumed = {name for found in detection.experts for name in found.tensors}
     linears: list[tuple[str, int]] = []
     copies: list[tuple[str, str]] = []
     kept: list[str] = []

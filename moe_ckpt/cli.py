@@ -32,6 +32,18 @@ def _named(_context: click.Context, _parameter: click.Parameter, value: str) -> 
 
 
 _in_dir = click.argument("in_dir", metavar="IN", callback=_named)
+_layout_options = (
+    click.option(
+        "--layout",
+        metavar="NAME",
+        help="How IN stores experts, where headers and model type leave it open; see layouts.",
+    ),
+    click.option(
+        "--gate-up-order",
+        metavar="ORDER",
+        help="concat or interleaved: how gate and up lie in one tensor, the same.",
+    ),
+)
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
@@ -64,6 +76,15 @@ def cli() -> None:
     help="experts: routed experts only; linear: every linear layer.",
 )
 @click.option(
+    "--experts",
+    default="auto",
+    show_default=True,
+    help="split: a matrix for each; fused: as ModelOpt fuses Llama 4 and gpt-oss; "
+    "auto: what most runtimes read.",
+)
+@_layout_options[0]
+@_layout_options[1]
+@click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; same bytes."
 )
 @click.option(
@@ -86,6 +107,9 @@ def convert(
     stats: tuple[str, ...],
     format_: str,
     quantize: str,
+    experts: str,
+    layout: str | None,
+    gate_up_order: str | None,
     device: str,
     max_shard_size: str,
     missing_stats: str,
@@ -108,6 +132,9 @@ def convert(
         stats=stats,
         format=format_,
         quantize=quantize,
+        experts=experts,
+        layout=layout,
+        gate_up_order=gate_up_order,
         max_shard_size=max_shard_size,
         missing_stats=missing_stats,
     )
@@ -133,18 +160,33 @@ def convert(
 
 @cli.command()
 @_in_dir
+@_layout_options[0]
+@_layout_options[1]
 @_json_option
-def inspect(in_dir: str, as_json: bool) -> None:
+def inspect(in_dir: str, layout: str | None, gate_up_order: str | None, as_json: bool) -> None:
     """Show what is in the checkpoint folder IN, and what a default conversion would do."""
     from .planner import make_plan
     from .report import plan_document, plan_lines
 
-    plan = make_plan(in_dir)
+    plan = make_plan(in_dir, layout=layout, gate_up_order=gate_up_order)
     if as_json:
         _print_json(plan_document(plan))
     else:
         _say(plan_lines(plan))
     _say_notes(plan, quiet=as_json)
+
+
+@cli.command()
+@_json_option
+def layouts(as_json: bool) -> None:
+    """List how families of models store experts, and which runtimes read what is written."""
+    from .catalogue import layouts_document, layouts_lines
+
+    if as_json:
+        _print_json(layouts_document())
+    else:
+        for line in layouts_lines():
+            click.echo(line)
 
 
 def main() -> NoReturn:

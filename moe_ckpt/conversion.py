@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from typing import TypeVar
 
 import torch
 
 from .errors import EnvironmentFaultError, MoeCkptError, UsageError, show
 from .formats import find_format
-from .plan import OutShard, Plan
+from .plan import Job, OutShard, Plan
 from .planner import DEFAULT_FORMAT, DEFAULT_SHARD_SIZE, make_plan
 from .quantizer import Worker
 from .reader import SourceReader
@@ -24,6 +25,8 @@ from .schedule import CPU, CUDA, Budget, batches
 from .writer import OutputFolder, ShardWriter, check_out_dir
 
 __all__ = ["Result", "convert", "execute"]
+
+T = TypeVar("T")
 
 # Told after each piece of work: bytes of weights read, and the shard if it was just finished.
 Progress = Callable[[int, OutShard | None], None]
@@ -46,6 +49,9 @@ def convert(
     stats: Iterable[str | os.PathLike[str]] = (),
     format: str = DEFAULT_FORMAT,
     quantize: str = "experts",
+    experts: str = "auto",
+    layout: str | None = None,
+    gate_up_order: str | None = None,
     device: str = "auto",
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     missing_stats: str = "error",
@@ -59,6 +65,9 @@ def convert(
         stats: see `make_plan`.
         format: see `make_plan`.
         quantize: see `make_plan`.
+        experts: see `make_plan`.
+        layout: see `make_plan`.
+        gate_up_order: see `make_plan`.
         max_shard_size: see `make_plan`.
         missing_stats: see `make_plan`.
         out_dir: a new or empty folder.
@@ -78,6 +87,9 @@ def convert(
         stats=stats,
         format=format,
         quantize=quantize,
+        experts=experts,
+        layout=layout,
+        gate_up_order=gate_up_order,
         max_shard_size=max_shard_size,
         missing_stats=missing_stats,
     )
@@ -148,8 +160,8 @@ class _Pool:
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def run(self, tasks: Iterable[Callable[[Worker], int]], done: Callable[[int], None]) -> None:
-        """Run all tasks; the first error cancels the rest and is raised."""
+    def run(self, tasks: Iterable[Callable[[Worker], T]], done: Callable[[T], object]) -> None:
+        """Run all tasks and pass on what they return; the first error cancels the rest."""
         futures = {self._threads.submit(self._call, task) for task in tasks}
         try:
             while futures:
@@ -160,7 +172,7 @@ class _Pool:
             _cancel(futures)
             raise
 
-    def _call(self, task: Callable[[Worker], int]) -> int:
+    def _call(self, task: Callable[[Worker], T]) -> T:
         worker = self._free.get()
         try:
             return task(worker)
@@ -168,7 +180,7 @@ class _Pool:
             self._free.put(worker)
 
 
-def _cancel(futures: set[Future[int]]) -> None:
+def _cancel(futures: set[Future[T]]) -> None:
     for future in futures:
         future.cancel()
     wait(futures)
@@ -179,7 +191,8 @@ def _write_shard(
 ) -> None:
     out = folder.open_shard(shard)
     try:
-        pool.run(_tasks(shard, budget, out), lambda nbytes: report(nbytes, None))
+        tasks = _tasks(shard, _shared_amax(shard, pool, budget), budget, out)
+        pool.run(tasks, lambda nbytes: report(nbytes, None))
     except BaseException:
         out.abandon()
         raise
@@ -187,12 +200,27 @@ def _write_shard(
     report(0, shard)
 
 
-def _tasks(shard: OutShard, budget: Budget, out: ShardWriter) -> Iterator[Callable[[Worker], int]]:
+def _shared_amax(shard: OutShard, pool: _Pool, budget: Budget) -> dict[Job, float]:
+    """One amax for all slabs of each job that stacks them: it is needed before the first."""
+    found = {}
+    for job in shard.jobs:
+        if job.is_stacked:
+            amax: list[float] = []
+            tasks = (partial(Worker.amax, batch=batch) for batch in batches(job, budget))
+            pool.run(tasks, amax.append)
+            found[job] = max(amax)
+    return found
+
+
+def _tasks(
+    shard: OutShard, shared_amax: Mapping[Job, float], budget: Budget, out: ShardWriter
+) -> Iterator[Callable[[Worker], int]]:
     for item in shard.copies:
         yield partial(Worker.copy, item=item, out=out)
     for job in shard.jobs:
+        amax = shared_amax.get(job) if job.is_stacked else None
         for batch in batches(job, budget):
-            yield partial(Worker.quantize, batch=batch, out=out)
+            yield partial(Worker.quantize, batch=batch, out=out, amax=amax)
 
 
 @contextmanager

@@ -6,16 +6,18 @@ expert. The experts of a layer are one unit that may be cut between experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 from .checkpoint import SINGLE
 from .dtypes import nbytes_of
 from .formats import Part, QuantFormat
-from .headers import TensorInfo
 from .plan import Copy, Job, OutShard, OutTensor, Read, Region, by_alignment, header_of
 
-__all__ = ["CopyUnit", "QuantUnit", "pack"]
+__all__ = ["CopyUnit", "NameOf", "QuantUnit", "pack"]
+
+# The name of an output tensor: from its module, its role, and whether experts are stacked in it.
+NameOf = Callable[[str, str, bool], str]
 
 # Readers refuse headers over 100 MB; an entry is its name and at most this much more.
 HEADER_CAP_NBYTES = 90_000_000
@@ -24,11 +26,13 @@ _ENTRY_NBYTES = 120
 
 @dataclass(frozen=True, slots=True)
 class CopyUnit:
-    """A tensor that is copied."""
+    """A source range that is copied, and the output tensors it holds one after another."""
 
-    info: TensorInfo
-    name: str
+    source: str
+    read: Read
+    tensors: tuple[OutTensor, ...]
     reason: str
+    pair_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,8 @@ class QuantUnit:
     @property
     def count(self) -> int:
         """How many pieces the unit may be cut into."""
-        return len(self.jobs[0].slabs)
+        first = self.jobs[0]
+        return 1 if first.is_stacked else len(first.slabs)
 
 
 @dataclass(slots=True)
@@ -64,12 +69,12 @@ class _Bin:
 def pack(
     units: Iterable[CopyUnit | QuantUnit],
     number_format: QuantFormat,
-    suffixes: dict[str, str],
+    name_of: NameOf,
     max_nbytes: int,
 ) -> list[OutShard]:
     """Fill shards in order, each with at most ``max_nbytes`` of tensors.
 
-    A single piece that is larger gets a shard of its own. ``suffixes``: role -> tensor suffix.
+    A single piece that is larger gets a shard of its own.
     """
     bins = [_Bin()]
 
@@ -83,10 +88,10 @@ def pack(
 
     for unit in units:
         if isinstance(unit, CopyUnit):
-            header_nbytes = len(unit.name.encode()) + _ENTRY_NBYTES
-            into = room_for(unit.info.nbytes, header_nbytes)
+            header_nbytes = sum(len(t.name.encode()) + _ENTRY_NBYTES for t in unit.tensors)
+            into = room_for(unit.read.nbytes, header_nbytes)
             into.copies.append(unit)
-            into.nbytes += unit.info.nbytes
+            into.nbytes += unit.read.nbytes
             into.header_nbytes += header_nbytes
             continue
         done = 0
@@ -104,24 +109,29 @@ def pack(
             done += count
     names = _shard_names(len(bins))
     return [
-        _place(name, filled, number_format, suffixes)
+        _place(name, filled, number_format, name_of)
         for name, filled in zip(names, bins, strict=True)
     ]
 
 
 def _piece_nbytes(unit: QuantUnit, number_format: QuantFormat) -> tuple[int, int]:
-    """Output bytes and header bytes of one slab of each job."""
+    """Output bytes and header bytes of one piece: a slab of each job, or all of a stack."""
     nbytes = header_nbytes = 0
     for job in unit.jobs:
+        slabs = len(job.slabs) if job.is_stacked else 1
         for part in number_format.parts:
-            nbytes += sum(nbytes_of(part.dtype, part.shape(n, job.columns)) for n in job.rows)
+            nbytes += slabs * _slab_nbytes(job, part)
         longest = max(len(name.encode()) for slab in job.slabs for name in slab.modules)
         header_nbytes += len(job.rows) * len(number_format.parts) * (longest + _ENTRY_NBYTES)
     return nbytes, header_nbytes
 
 
+def _slab_nbytes(job: Job, part: Part) -> int:
+    return sum(nbytes_of(part.dtype, part.shape(n, job.columns)) for n in job.rows)
+
+
 def _cut(job: Job, start: int, stop: int) -> Job:
-    return Job(job.slabs[start:stop], job.rows, job.columns, job.dtype, job.input_amax)
+    return job if job.is_stacked else replace(job, slabs=job.slabs[start:stop])
 
 
 def _shard_names(count: int) -> list[str]:
@@ -130,13 +140,11 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
 
 
-def _place(
-    name: str, filled: _Bin, number_format: QuantFormat, suffixes: dict[str, str]
-) -> OutShard:
+def _place(name: str, filled: _Bin, number_format: QuantFormat, name_of: NameOf) -> OutShard:
     """Order the tensors of a shard and compute all offsets."""
-    copies = [_Run([OutTensor(u.name, u.info.dtype, u.info.shape)]) for u in filled.copies]
+    copies = [_Run(list(unit.tensors)) for unit in filled.copies]
     regions = [
-        [_Run(list(_job_tensors(job, part, suffixes))) for part in number_format.parts]
+        [_Run(list(_job_tensors(job, part, name_of))) for part in number_format.parts]
         for job in filled.jobs
     ]
     runs = [*copies, *(run for of_job in regions for run in of_job)]
@@ -159,12 +167,7 @@ def _place(
             for job, of_job in zip(filled.jobs, regions, strict=True)
         ),
         copies=tuple(
-            Copy(
-                unit.info.name,
-                Read(unit.info.shard, unit.info.offset, unit.info.nbytes),
-                run.offset,
-                unit.reason,
-            )
+            Copy(unit.source, unit.read, run.offset, unit.reason, unit.pair_nbytes)
             for unit, run in zip(filled.copies, copies, strict=True)
         ),
         header_nbytes=len(header_of(tensors)),
@@ -172,14 +175,20 @@ def _place(
     )
 
 
-def _job_tensors(job: Job, part: Part, suffixes: dict[str, str]) -> Iterator[OutTensor]:
-    suffix = suffixes[part.role]
+def _job_tensors(job: Job, part: Part, name_of: NameOf) -> Iterator[OutTensor]:
     shapes = [part.shape(n, job.columns) for n in job.rows]
+    if job.is_stacked:
+        (module,), (shape,) = job.slabs[0].modules, shapes
+        stacked = (len(job.slabs), *shape[::-1]) if shape else ()
+        yield OutTensor(name_of(module, part.role, True), part.dtype, stacked)
+        return
     for slab in job.slabs:
         for module, shape in zip(slab.modules, shapes, strict=True):
-            yield OutTensor(f"{module}.{suffix}", part.dtype, shape)
+            yield OutTensor(name_of(module, part.role, False), part.dtype, shape)
 
 
 def _region(job: Job, part: Part, offset: int) -> Region:
-    slab_nbytes = sum(nbytes_of(part.dtype, part.shape(n, job.columns)) for n in job.rows)
-    return Region(part.role, offset, slab_nbytes, part.row_nbytes(job.columns))
+    row_nbytes = part.row_nbytes(job.columns)
+    if job.is_stacked and row_nbytes:
+        row_nbytes = nbytes_of(part.dtype, (job.slab_rows,))
+    return Region(part.role, offset, _slab_nbytes(job, part), row_nbytes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,8 +35,8 @@ class Read:
 class Slab:
     """Matrices stacked by rows that share one weight amax, such as gate and up of an expert.
 
-    ``reads`` are the rows in order, ``labels`` what to call each in a message; ``modules`` are
-    the output modules, one for each part.
+    ``reads`` are its source bytes in order, ``labels`` what to call each in a message;
+    ``modules`` are the output modules, one for each part.
     """
 
     reads: tuple[Read, ...]
@@ -47,7 +48,8 @@ class Slab:
 class Region:
     """Where a job's tensors of one role lie: slab after slab, in each part after part.
 
-    ``offset`` counts from the start of the output file's data. ``row_nbytes`` is 0 for scalars.
+    ``offset`` counts from the start of the output file's data. ``row_nbytes`` is that of a stored
+    row, and 0 for scalars.
     """
 
     role: str
@@ -62,6 +64,10 @@ class Job:
 
     ``rows`` holds N of each part, ``columns`` is K. ``input_amax`` is shared by all slabs; None
     stands for the constant activation scale 1.0.
+
+    ``is_transposed``: the source stores slabs [K, N]. ``is_interleaved``: rows of the two parts
+    alternate there. ``is_stacked``: all slabs share one amax and become one tensor [S, K, N] for
+    each role, as the source has them.
     """
 
     slabs: tuple[Slab, ...]
@@ -69,6 +75,9 @@ class Job:
     columns: int
     dtype: str
     input_amax: float | None
+    is_transposed: bool = False
+    is_interleaved: bool = False
+    is_stacked: bool = False
     regions: tuple[Region, ...] = ()
 
     @property
@@ -81,6 +90,12 @@ class Job:
         """Source bytes of one slab."""
         return nbytes_of(self.dtype, (self.slab_rows, self.columns))
 
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Rows and columns of a slab as the source stores it."""
+        shape = (self.slab_rows, self.columns)
+        return shape[::-1] if self.is_transposed else shape
+
     def placed(self, regions: tuple[Region, ...]) -> Job:
         """The same job with the positions of its output."""
         return replace(self, regions=regions)
@@ -88,12 +103,17 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A tensor copied byte for byte; ``offset`` counts from the start of the output data."""
+    """Bytes of a tensor that are copied; ``offset`` counts from the start of the output data.
+
+    ``pair_nbytes``: not 0 if items of gate and up alternate in the source, and all of gate's come
+    first in the output; the size of one pair.
+    """
 
     source: str
     read: Read
     offset: int
     reason: str
+    pair_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +152,7 @@ class Plan:
     """A conversion, decided.
 
     ``files`` are the configuration files, name -> text, in the order they are written.
-    ``loaders`` are the runtimes known to read the result.
+    ``experts_as`` is "split" or "fused"; ``loaders`` are the runtimes known to read the result.
     """
 
     root: Path
@@ -141,6 +161,7 @@ class Plan:
     loaders: tuple[str, ...]
     format: str
     quantize: str
+    experts_as: str
     source_shards: tuple[Shard, ...]
     source_nbytes: int
     num_parameters: int
@@ -173,8 +194,12 @@ class Plan:
 
     @property
     def quantized_matrices(self) -> int:
-        """How many matrices are quantized."""
-        return sum(len(job.rows) * len(job.slabs) for shard in self.shards for job in shard.jobs)
+        """How many matrices are quantized, those in a stack counted one by one."""
+        jobs = [job for shard in self.shards for job in shard.jobs]
+        stacked = [found for found in self.experts if self.experts_as == "fused"]
+        return sum(len(job.rows) * len(job.slabs) for job in jobs if not job.is_stacked) + sum(
+            found.num_experts * len(found.projections) for found in stacked
+        )
 
     @property
     def quantized_nbytes(self) -> int:
@@ -184,12 +209,13 @@ class Plan:
     @property
     def kept(self) -> dict[str, tuple[int, int]]:
         """What is copied: reason -> (tensors, bytes)."""
-        found: dict[str, tuple[int, int]] = {}
+        sources: dict[str, set[str]] = {}
+        nbytes: Counter[str] = Counter()
         for shard in self.shards:
             for copy in shard.copies:
-                count, nbytes = found.get(copy.reason, (0, 0))
-                found[copy.reason] = (count + 1, nbytes + copy.read.nbytes)
-        return found
+                sources.setdefault(copy.reason, set()).add(copy.source)
+                nbytes[copy.reason] += copy.read.nbytes
+        return {reason: (len(names), nbytes[reason]) for reason, names in sources.items()}
 
     @property
     def read_nbytes(self) -> int:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
 from .calibration import Calibration
 from .checkpoint import Source, open_source
 from .choice import choose, output_name
-from .dialects import LOADERS, config_files, suffix_of
+from .dialects import config_files, tensor_name
 from .dialects.exclude import exclude_list
 from .errors import (
     CheckpointError,
@@ -26,7 +27,8 @@ from .errors import (
     show,
 )
 from .formats import QuantFormat, find_format
-from .layouts import Detection, detect
+from .layouts import Detection, Given, detect
+from .loaders import form_of_experts, loader_warnings, loaders_of
 from .packing import CopyUnit, QuantUnit, pack
 from .plan import OutShard, Plan
 from .stats import Stats, read_stats
@@ -49,6 +51,9 @@ def make_plan(
     stats: Iterable[str | os.PathLike[str]] = (),
     format: str = DEFAULT_FORMAT,
     quantize: str = "experts",
+    experts: str = "auto",
+    layout: str | None = None,
+    gate_up_order: str | None = None,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     missing_stats: str = "error",
 ) -> Plan:
@@ -59,6 +64,11 @@ def make_plan(
         stats: files of activation statistics, merged by maximum.
         format: name of a number format.
         quantize: "experts" for routed experts only, "linear" for all linear layers.
+        experts: "split" for a matrix per expert, "fused" for ModelOpt's fused export, "auto" for
+            what most runtimes read.
+        layout: how the source stores experts, one of `moe_ckpt.layouts.LAYOUTS`, for what headers
+            and model type leave open.
+        gate_up_order: "concat" or "interleaved", the same.
         max_shard_size: bytes of tensors in one output file, or text such as "5GB".
         missing_stats: "error", or "constant" for input scale 1.0 where statistics are missing.
 
@@ -79,11 +89,13 @@ def make_plan(
     source = open_source(in_dir)
     _refuse_quantized(source)
     problems = Problems()
-    detection = problems.catch(lambda: detect(source.tensors, source.config))
+    given = Given(layout, gate_up_order)
+    detection = problems.catch(lambda: detect(source.tensors, source.config, given))
     read = problems.catch(lambda: read_stats(stats_files) if stats_files else None)
     problems.check()
     assert detection is not None
-    return _Planner(source, detection, number_format, quantize).plan(
+    form = form_of_experts(detection, experts)
+    return _Planner(source, detection, number_format, quantize, form).plan(
         stats_files, read, missing_stats == "constant", max_nbytes
     )
 
@@ -134,8 +146,14 @@ class _Planner:
     """One run of `make_plan`, after the source is known to be sound."""
 
     def __init__(
-        self, source: Source, detection: Detection, number_format: QuantFormat, quantize: str
+        self,
+        source: Source,
+        detection: Detection,
+        number_format: QuantFormat,
+        quantize: str,
+        form: str,
     ) -> None:
+        self.form = form
         self.source = source
         self.detection = detection
         self.format = number_format
@@ -155,8 +173,9 @@ class _Planner:
             calibration = Calibration(stats, detection, missing_is_constant)
         choice = choose(source.tensors, detection, self.quantize, self.problems)
         make = UnitMaker(source.tensors, detection, self.format, calibration, self.problems)
+        of_experts = make.of_fused_experts if self.form == "fused" else make.of_experts
         units: list[tuple[str, CopyUnit | QuantUnit]] = [
-            (found.gate_up[0], make.of_experts(found)) for found in detection.experts
+            (found.gate_up[0], unit) for found in detection.experts for unit in of_experts(found)
         ]
         units += (
             (f"{group[0]}.weight", unit)
@@ -164,32 +183,33 @@ class _Planner:
             for unit in make.of_linears(group)
         )
         units += (
-            (name, CopyUnit(source.tensors[name], output_name(detection, name), reason))
+            (name, make.of_copy(source.tensors[name], output_name(detection, name), reason))
             for name, reason in choice.copies
         )
         self.problems.check()
 
         order = {name: position for position, name in enumerate(source.tensors)}
         units.sort(key=lambda unit: order[unit[0]])
-        roles = [part.role for part in self.format.parts]
         shards = pack(
             (unit for _, unit in units),
             self.format,
-            {role: suffix_of(self.format.name, role) for role in roles},
+            partial(tensor_name, self.format.name),
             max_nbytes,
         )
         self._refuse_collisions(shards)
 
-        quantized = [found.output for found in detection.experts]
+        quantized = list(dict.fromkeys(found.output for found in detection.experts))
         quantized += [output_name(detection, m) for group in choice.linears for m in group]
-        exclude = exclude_list(quantized, choice.kept, choice.set_aside)
+        kept = [*choice.kept, *self._built_as()]
+        exclude = exclude_list(quantized, kept, choice.set_aside)
         return Plan(
             root=source.root,
             model_type=detection.model_type,
             family=detection.family.name,
-            loaders=self._loaders(),
+            loaders=loaders_of(detection, self.form, self.format.name),
             format=self.format.name,
             quantize=self.quantize,
+            experts_as=self.form,
             source_shards=tuple(source.shards.values()),
             source_nbytes=sum(info.nbytes for info in source.tensors.values()),
             num_parameters=sum(prod(info.shape) for info in source.tensors.values()),
@@ -204,10 +224,20 @@ class _Planner:
             warnings_by_kind={
                 "files": source.warnings,
                 "layers": detection.warnings,
-                "loaders": self._loader_warnings(),
+                "loaders": loader_warnings(detection, self.form, self.format.name),
                 "statistics": calibration.warnings(source.tensors) if calibration else (),
             },
         )
+
+    def _built_as(self) -> list[str]:
+        """Routers that runtimes build under names of their own."""
+        layers = {
+            found.output.removesuffix(f".{self.detection.family.split}")
+            for found in self.detection.experts
+        }
+        return [
+            f"{layer}.{name}" for layer in sorted(layers) for name in self.detection.family.built_as
+        ]
 
     def _notes(self, files: list[str], calibration: Calibration | None) -> tuple[str, ...]:
         notes = list(calibration.stats.notes) if calibration else []
@@ -222,23 +252,6 @@ class _Planner:
                 f"names that loaders read, such as {show(example)}"
             )
         return tuple(notes)
-
-    def _loaders(self) -> tuple[str, ...]:
-        """Who reads both the family's names and the format; TensorRT-LLM by the format alone."""
-        known = self.detection.family.loaders
-        return tuple(
-            name
-            for name in LOADERS[self.format.name]
-            if name in known or (name == "TensorRT-LLM" and set(known) & {"vLLM", "SGLang"})
-        )
-
-    def _loader_warnings(self) -> tuple[str, ...]:
-        if self._loaders():
-            return ()
-        return (
-            f"no runtime is known to load {self.format.name} of model type "
-            f"{show(self.detection.model_type)}; try the result before you rely on it",
-        )
 
     def _refuse_collisions(self, shards: Iterable[OutShard]) -> None:
         seen: set[str] = set()

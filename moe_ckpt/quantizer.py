@@ -1,8 +1,8 @@
 """Turn a batch of source slabs into output bytes: read, find amax, quantize, write.
 
-The same code runs on a CPU and on CUDA. How slabs are cut into batches and chunks decides the
-memory that is used, and no byte: amax is exact, and everything after it works on blocks that no
-chunk divides.
+The same code runs on a CPU and on CUDA. How slabs are cut into batches, pieces and chunks decides
+the memory that is used, and no byte: amax is exact, and everything after it works on blocks that
+no cut divides.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .errors import CheckpointError, show
 from .formats import QuantFormat
 from .formats.amax import abs_max
 from .formats.scratch import Scratch
-from .plan import Copy, Job, Slab
+from .plan import Copy, Job, Region
 from .reader import SourceReader
 from .schedule import Batch, Budget
 from .writer import ShardWriter
@@ -32,7 +32,11 @@ _DTYPES = {
 
 
 class Worker:
-    """The buffers of one thread, and what it does with them."""
+    """The buffers of one thread, and what it does with them.
+
+    A slab larger than the stage is read in pieces: stored rows ``start`` to ``stop``, which are
+    columns of the matrix if the source stores it transposed.
+    """
 
     def __init__(
         self,
@@ -43,60 +47,85 @@ class Worker:
     ) -> None:
         self._reader = reader
         self._codec = number_format.codec()
-        self._dtypes = {part.role: part.dtype for part in number_format.parts}
+        self._parts = {part.role: part for part in number_format.parts}
+        self._k_multiple = number_format.k_multiple
         self._scratch = Scratch(device)
         self._device = device
         self._budget = budget
-        pinned = device.type == "cuda"
-        self._stage = torch.empty(budget.stage_nbytes, dtype=torch.uint8, pin_memory=pinned)
+        self._stage = self._new_stage(budget.stage_nbytes)
 
     def copy(self, item: Copy, out: ShardWriter) -> int:
-        """Copy a tensor byte for byte; returns the bytes read."""
+        """Copy bytes; returns how many were read."""
         buffer = self._stage.numpy().data
+        if item.pair_nbytes:
+            raw = torch.empty(item.read.nbytes, dtype=torch.uint8)
+            self._reader.read(item.read, 0, raw.numpy().data)
+            pairs = raw.view(-1, 2, item.pair_nbytes // 2)
+            _write(out, item.offset, pairs.transpose(0, 1))
+            return item.read.nbytes
         for start in range(0, item.read.nbytes, len(buffer)):
             piece = buffer[: min(len(buffer), item.read.nbytes - start)]
             self._reader.read(item.read, start, piece)
             out.write(item.offset + start, piece)
         return item.read.nbytes
 
-    def quantize(self, batch: Batch, out: ShardWriter) -> int:
-        """Quantize a batch; returns the source bytes read, each counted once.
+    def amax(self, batch: Batch) -> float:
+        """The largest magnitude in a batch of slabs that share it.
 
         Raises:
             CheckpointError: a weight is NaN or infinite.
         """
-        job = batch.job
-        slabs = job.slabs[batch.start : batch.stop]
-        if batch.nbytes <= self._budget.stage_nbytes:
-            weight_BNK = self._load(job, slabs, 0, job.slab_rows)
-            amax_B = self._amax(weight_BNK)
-            self._refuse_not_finite(amax_B, job, slabs)
-            self._write_rows(batch, 0, weight_BNK, amax_B, out)
+        amax_B = self._amax(self._load(batch, *piece) for piece in self._pieces(batch))
+        self._refuse_not_finite(amax_B, batch)
+        return float(amax_B.max())
+
+    def quantize(self, batch: Batch, out: ShardWriter, amax: float | None = None) -> int:
+        """Quantize a batch; returns the source bytes read, each counted once.
+
+        ``amax`` is given for slabs that share it with others.
+
+        Raises:
+            CheckpointError: a weight is NaN or infinite.
+        """
+        pieces = list(self._pieces(batch))
+        whole = self._load(batch, *pieces[0]) if len(pieces) == 1 else None
+        if amax is None:
+            loaded = [whole] if whole is not None else (self._load(batch, *p) for p in pieces)
+            amax_B = self._amax(loaded)
+            self._refuse_not_finite(amax_B, batch)
         else:
-            pieces = list(self._row_pieces(job))
-            amax_B = torch.stack([self._amax(self._load(job, slabs, *p)) for p in pieces]).amax(0)
-            self._refuse_not_finite(amax_B, job, slabs)
-            for start, stop in pieces:
-                weight_BNK = self._load(job, slabs, start, stop)
-                self._write_rows(batch, start, weight_BNK, amax_B, out)
-        self._write_scalars(batch, amax_B, out)
+            amax_B = torch.full((batch.count,), amax, device=self._device)
+        for piece in pieces:
+            stored = whole if whole is not None else self._load(batch, *piece)
+            self._write_piece(batch, piece, stored, amax_B, out)
+        if not batch.job.is_stacked:
+            self._write_scalars(batch, amax_B.repeat_interleave(len(batch.job.rows)), out)
+        elif batch.start == 0:
+            self._write_scalars(batch, amax_B[:1], out)
         return batch.nbytes
 
-    def _row_pieces(self, job: Job) -> Iterator[tuple[int, int]]:
-        """Row ranges of one slab that fit the stage, for slabs that do not."""
-        row_nbytes = job.slab_nbytes // job.slab_rows
-        step = max(1, self._budget.stage_nbytes // row_nbytes)
-        if row_nbytes > self._stage.numel():
-            self._stage = torch.empty(row_nbytes, dtype=torch.uint8)
-        for start in range(0, job.slab_rows, step):
-            yield start, min(start + step, job.slab_rows)
+    def _pieces(self, batch: Batch) -> Iterator[tuple[int, int]]:
+        """Ranges of stored rows that fit the stage; one if the batch does."""
+        job = batch.job
+        total, _ = job.stored_shape
+        if batch.nbytes <= self._budget.stage_nbytes:
+            yield 0, total
+            return
+        multiple = self._k_multiple if job.is_transposed else len(job.rows)
+        step = self._budget.stage_nbytes // (job.slab_nbytes // total) // multiple * multiple
+        for start in range(0, total, max(step, multiple)):
+            yield start, min(start + max(step, multiple), total)
 
-    def _load(self, job: Job, slabs: tuple[Slab, ...], start: int, stop: int) -> torch.Tensor:
-        """Rows ``start`` to ``stop`` of each slab, [B, rows, K] on the device."""
-        row_nbytes = job.slab_nbytes // job.slab_rows
+    def _load(self, batch: Batch, start: int, stop: int) -> torch.Tensor:
+        """Stored rows ``start`` to ``stop`` of each slab, [B, rows, columns] on the device."""
+        job = batch.job
+        total, columns = job.stored_shape
+        row_nbytes = job.slab_nbytes // total
         nbytes = (stop - start) * row_nbytes
+        if batch.count * nbytes > self._stage.numel():
+            self._stage = self._new_stage(batch.count * nbytes)
         buffer = self._stage.numpy().data
-        for position, slab in enumerate(slabs):
+        for position, slab in enumerate(batch.slabs):
             into = buffer[position * nbytes : (position + 1) * nbytes]
             skip = start * row_nbytes
             for read in slab.reads:
@@ -108,15 +137,88 @@ class Worker:
                 into, skip = into[count:], 0
                 if not into:
                     break
-        staged = self._stage[: len(slabs) * nbytes].view(_DTYPES[job.dtype])
-        return staged.view(len(slabs), stop - start, job.columns).to(self._device)
+        staged = self._stage[: batch.count * nbytes].view(_DTYPES[job.dtype])
+        return staged.view(batch.count, stop - start, columns).to(self._device)
 
-    def _amax(self, weight_BNK: torch.Tensor) -> torch.Tensor:
-        """Largest magnitude of each matrix, float32 [B]."""
-        rows = weight_BNK.flatten(0, 1)
-        step = max(1, self._budget.chunk_items // max(rows.shape[1], 1))
-        row_amax = torch.cat([abs_max(chunk, self._scratch) for chunk in torch.split(rows, step)])
-        return row_amax.view(weight_BNK.shape[:2]).amax(1)
+    def _new_stage(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+
+    def _amax(self, pieces: Iterator[torch.Tensor] | list[torch.Tensor]) -> torch.Tensor:
+        """Largest magnitude of each slab, float32 [B], from all its pieces."""
+        found = []
+        for stored in pieces:
+            rows = stored.flatten(0, 1)
+            step = max(1, self._budget.chunk_items // rows.shape[1])
+            chunks = [abs_max(chunk, self._scratch) for chunk in torch.split(rows, step)]
+            found.append(torch.cat(chunks).view(stored.shape[:2]).amax(1))
+        return torch.stack(found).amax(0)
+
+    def _write_piece(
+        self,
+        batch: Batch,
+        piece: tuple[int, int],
+        stored: torch.Tensor,
+        amax_B: torch.Tensor,
+        out: ShardWriter,
+    ) -> None:
+        """Quantize a piece and write what it makes of every part that has rows.
+
+        A piece of a transposed source that becomes rows is a part of every row: those are
+        gathered, and written with the last piece.
+        """
+        job = batch.job
+        weight_BPNK = _matrices(job, stored)
+        gathers = job.is_transposed and not job.is_stacked
+        results = {}
+        for region in job.regions:
+            if region.row_nbytes:
+                results[region.role] = self._result(region, batch, piece, weight_BPNK)
+        for p in range(weight_BPNK.shape[1]):
+            weight_BNK = weight_BPNK[:, p]
+            for b, n in self._chunks(weight_BNK):
+                chunk = weight_BNK[b, n]
+                if not chunk.is_contiguous():
+                    chunk = self._scratch.empty("chunk", tuple(chunk.shape), chunk.dtype).copy_(
+                        chunk
+                    )
+                parts = {role: made[b, p, n] for role, (_, made) in results.items()}
+                self._codec.quantize(chunk, amax_B[b], parts, self._scratch)
+        start, stop = piece
+        if gathers and stop < job.columns:
+            return
+        for region in job.regions:
+            if not region.row_nbytes:
+                continue
+            buffer, _ = results[region.role]
+            offset = region.offset + batch.start * region.slab_nbytes
+            if job.is_stacked:
+                row = start // self._parts[region.role].columns_per_item
+                _write(out, offset + row * region.row_nbytes, buffer)
+            elif gathers or stop - start == job.slab_rows:
+                _write(out, offset, buffer)
+            else:
+                for p in range(buffer.shape[1]):
+                    row = p * job.rows[0] + start // buffer.shape[1]
+                    _write(out, offset + row * region.row_nbytes, buffer[:, p])
+
+    def _result(
+        self, region: Region, batch: Batch, piece: tuple[int, int], weight_BPNK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A buffer in the order of the output, and its view [B, P, N, items] for this piece."""
+        part = self._parts[region.role]
+        B, P, N, K = weight_BPNK.shape
+        items = K // part.columns_per_item
+        dtype, name = _DTYPES[part.dtype], f"out {region.role}"
+        if batch.job.is_stacked:
+            buffer = self._scratch.empty(name, (B, items, N), dtype)
+            return buffer, buffer.transpose(1, 2).unsqueeze(1)
+        if not batch.job.is_transposed:
+            buffer = self._scratch.empty(name, (B, P, N, items), dtype)
+            return buffer, buffer
+        all_items = batch.job.columns // part.columns_per_item
+        buffer = self._scratch.empty(name, (B, P, N, all_items), dtype)
+        first = piece[0] // part.columns_per_item
+        return buffer, buffer[..., first : first + items]
 
     def _chunks(self, weight_BNK: torch.Tensor) -> Iterator[tuple[slice, slice]]:
         """Slices of matrices, or of rows of one, of about ``chunk_items`` weights."""
@@ -131,63 +233,55 @@ class Worker:
             for n in range(0, N, rows):
                 yield slice(b, b + 1), slice(n, n + rows)
 
-    def _write_rows(
-        self,
-        batch: Batch,
-        first_row: int,
-        weight_BNK: torch.Tensor,
-        amax_B: torch.Tensor,
-        out: ShardWriter,
-    ) -> None:
-        """Quantize rows from ``first_row`` on, and write every part that has rows."""
-        B, N, _ = weight_BNK.shape
-        regions = [region for region in batch.job.regions if region.row_nbytes]
-        results = {}
-        for region in regions:
-            dtype = _DTYPES[self._dtypes[region.role]]
-            shape = (B, N, region.row_nbytes // dtype.itemsize)
-            results[region.role] = self._scratch.empty(f"out {region.role}", shape, dtype)
-        for matrices, rows in self._chunks(weight_BNK):
-            chunk = {role: result[matrices, rows] for role, result in results.items()}
-            self._codec.quantize(weight_BNK[matrices, rows], amax_B[matrices], chunk, self._scratch)
-        for region in regions:
-            offset = region.offset + batch.start * region.slab_nbytes
-            offset += first_row * region.row_nbytes
-            _write(out, offset, results[region.role])
-
-    def _write_scalars(self, batch: Batch, amax_B: torch.Tensor, out: ShardWriter) -> None:
-        """Write the parts that are one number for each matrix."""
+    def _write_scalars(self, batch: Batch, amax: torch.Tensor, out: ShardWriter) -> None:
+        """Write the parts that are one number, for matrices with the given amax in order."""
         job = batch.job
-        values = self._codec.weight_scales(amax_B)
+        values = self._codec.weight_scales(amax)
         if job.input_amax is None:
-            values["input_scale"] = torch.ones_like(amax_B)
+            values["input_scale"] = torch.ones_like(amax)
         else:
-            values["input_scale"] = self._codec.input_scale(torch.full_like(amax_B, job.input_amax))
+            values["input_scale"] = self._codec.input_scale(torch.full_like(amax, job.input_amax))
         for region in job.regions:
             if not region.row_nbytes:
-                each_part = values[region.role].repeat_interleave(len(job.rows))
-                _write(out, region.offset + batch.start * region.slab_nbytes, each_part)
+                offset = region.offset + batch.start * region.slab_nbytes
+                _write(out, offset, values[region.role])
 
-    def _refuse_not_finite(self, amax_B: torch.Tensor, job: Job, slabs: tuple[Slab, ...]) -> None:
+    def _refuse_not_finite(self, amax_B: torch.Tensor, batch: Batch) -> None:
         finite = torch.isfinite(amax_B)
         if bool(finite.all()):
             return
-        slab = slabs[int(finite.logical_not().nonzero()[0])]
-        for start, stop in self._row_pieces(job):
-            rows = self._load(job, (slab,), start, stop)[0]
-            found = torch.isfinite(rows).logical_not().nonzero()
-            if len(found):
-                n, k = (int(i) for i in found[0])
-                value, row = float(rows[n, k]), start + n
-                for read, label in zip(slab.reads, slab.labels, strict=True):
-                    count = read.nbytes * job.slab_rows // job.slab_nbytes
-                    if row < count:
-                        raise CheckpointError(
-                            f"{show(read.shard)}: {show(label)}: weight is {value} at row {row}, "
-                            f"column {k}; weights that are NaN or infinite cannot be quantized"
-                        )
-                    row -= count
+        job, slab = batch.job, batch.slabs[int(finite.logical_not().nonzero()[0])]
+        columns = job.columns if not job.is_transposed else job.slab_rows
+        step = max(1, self._stage.numel() // (columns * _DTYPES[job.dtype].itemsize))
+        for read, label in zip(slab.reads, slab.labels, strict=True):
+            rows = read.nbytes // (columns * _DTYPES[job.dtype].itemsize)
+            for start in range(0, rows, step):
+                raw = torch.empty((min(step, rows - start), columns), dtype=_DTYPES[job.dtype])
+                self._reader.read(
+                    read, start * raw[0].nbytes, raw.view(torch.uint8).flatten().numpy().data
+                )
+                found = torch.isfinite(raw).logical_not().nonzero()
+                if len(found):
+                    n, k = (int(i) for i in found[0])
+                    raise CheckpointError(
+                        f"{show(read.shard)}: {show(label)}: weight is {float(raw[n, k])} at row "
+                        f"{start + n}, column {k}; weights that are NaN or infinite cannot be "
+                        "quantized"
+                    )
         raise AssertionError("amax was not finite, and every weight is")
+
+
+def _matrices(job: Job, stored: torch.Tensor) -> torch.Tensor:
+    """Stored rows [B, rows, columns] as a view [B, P, N, K]: gate and up apart if they alternate.
+
+    P is 2 for those, else 1.
+    """
+    matrices = stored.transpose(1, 2) if job.is_transposed else stored
+    if not job.is_interleaved:
+        return matrices.unsqueeze(1)
+    B, N, K = matrices.shape
+    b, n, k = matrices.stride()
+    return matrices.as_strided((B, 2, N // 2, K), (b, n, 2 * n, k))
 
 
 def _write(out: ShardWriter, offset: int, values: torch.Tensor) -> None:

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from .dialects import suffix_of
+from .dialects import tensor_name
 from .errors import show
 from .formats import find_format
+from .layouts import Experts
 from .plan import Plan
 from .planner import make_plan
 from .schedule import CPU, peak_nbytes
@@ -36,11 +37,13 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "loads_in": list(plan.loaders),
         "format": plan.format,
         "quantize": plan.quantize,
+        "experts_as": plan.experts_as,
         "experts": [
             {
                 "source": found.source,
                 "output": found.output,
-                "form": found.form,
+                "layout": found.layout,
+                "gate_up_order": found.order,
                 "num_experts": found.num_experts,
                 "intermediate_size": found.intermediate,
                 "hidden_size": found.hidden,
@@ -87,14 +90,11 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield f"Model     {show(plan.model_type)}, family {plan.family}"
     for count, example in _experts_kinds(plan):
         yield (
-            f"Experts   {count} layers x {example.num_experts} experts, {example.form}, as in "
+            f"Experts   {count} layers x {example.num_experts} experts, {example.layout}, as in "
             f"{show(example.source)}"
         )
         yield f"Evidence  {example.evidence}"
-        yield (
-            f"Become    {show(example.output)}.{{0 ... {example.num_experts - 1}}}"
-            f".{{{', '.join(example.projections)}}}.{{{', '.join(_suffixes(plan.format))}}}"
-        )
+        yield f"Become    {_outcome(plan, example)}"
     yield f"Format    {plan.format}, spelled as ModelOpt does"
     yield f"Loads in  {_list(plan.loaders) or 'no runtime known'}; not in transformers"
     yield ""
@@ -157,8 +157,19 @@ def count_of(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def _suffixes(format_name: str) -> list[str]:
-    return [suffix_of(format_name, part.role) for part in find_format(format_name).parts]
+def _outcome(plan: Plan, experts: Experts) -> str:
+    """The names that experts get in the output."""
+    roles = [part.role for part in find_format(plan.format).parts]
+    if plan.experts_as == "fused":
+        names = [tensor_name(plan.format, "", role, True) or "weight" for role in roles]
+        leaves = [name.rpartition(".")[2] for name in (experts.gate_up[0], experts.down[0])]
+        return f"{show(experts.source)}.{{{', '.join(leaves)}}}{{{', '.join(['', *names[1:]])}}}"
+    names = [tensor_name(plan.format, "", role, False)[1:] for role in roles]
+    last = experts.first + experts.num_experts - 1
+    return (
+        f"{show(experts.output)}.{{{experts.first} ... {last}}}"
+        f".{{{', '.join(experts.projections)}}}.{{{', '.join(names)}}}"
+    )
 
 
 def _kept_rows(plan: Plan) -> list[tuple[str, int, int]]:
@@ -166,11 +177,16 @@ def _kept_rows(plan: Plan) -> list[tuple[str, int, int]]:
     return sorted(rows, key=lambda row: (-row[2], row[0]))
 
 
-def _experts_kinds(plan: Plan) -> list[tuple[int, Any]]:
+def _experts_kinds(plan: Plan) -> list[tuple[int, Experts]]:
     """Layers alike, counted, with the first of each kind."""
-    kinds = Counter((e.form, e.num_experts, e.intermediate, e.hidden) for e in plan.experts)
-    first = {(e.form, e.num_experts, e.intermediate, e.hidden): e for e in reversed(plan.experts)}
-    return [(count, first[kind]) for kind, count in kinds.items()]
+
+    def kind(found: Experts) -> tuple[object, ...]:
+        sizes = (found.num_experts, found.intermediate, found.hidden)
+        return (found.layout, found.order, found.first, *sizes)
+
+    kinds = Counter(map(kind, plan.experts))
+    first = {kind(found): found for found in reversed(plan.experts)}
+    return [(count, first[key]) for key, count in kinds.items()]
 
 
 def _list(names: Iterable[str]) -> str:

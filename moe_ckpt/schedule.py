@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .plan import Job, Plan
+from .plan import Job, Plan, Slab
 
 __all__ = ["CPU", "CUDA", "Batch", "Budget", "batches", "peak_nbytes"]
 
@@ -39,9 +39,19 @@ class Batch:
     stop: int
 
     @property
+    def count(self) -> int:
+        """How many slabs."""
+        return self.stop - self.start
+
+    @property
+    def slabs(self) -> tuple[Slab, ...]:
+        """The slabs."""
+        return self.job.slabs[self.start : self.stop]
+
+    @property
     def nbytes(self) -> int:
         """Source bytes of the batch."""
-        return self.job.slab_nbytes * (self.stop - self.start)
+        return self.job.slab_nbytes * self.count
 
 
 CPU = Budget(16 * _MIB, 1 << 18, min(8, len(os.sched_getaffinity(0))))
@@ -59,4 +69,14 @@ def peak_nbytes(plan: Plan, budget: Budget) -> int:
     """An upper estimate of the memory that a conversion takes beside the program itself."""
     temporaries = 4 * budget.chunk_items * _FLOAT32_TEMPORARIES
     names = sum(len(shard.tensors) for shard in plan.shards) * 1024
-    return budget.workers * (2 * budget.stage_nbytes + temporaries) + names
+    gathered = max(
+        (
+            sum(region.slab_nbytes for region in job.regions)
+            for shard in plan.shards
+            for job in shard.jobs
+            if job.is_transposed and not job.is_stacked
+        ),
+        default=0,
+    )
+    stage = max(budget.stage_nbytes, gathered)
+    return budget.workers * (budget.stage_nbytes + stage + temporaries) + names

@@ -68,7 +68,7 @@ def test_every_header_has_an_expectation():
 @pytest.mark.parametrize("quantize", ["experts", "linear"])
 def test_accepted(tmp_path, name, mode, quantize):
     plan = plan_of(tmp_path, checkpoint(tmp_path, name, mode), quantize)
-    assert {found.form for found in plan.experts} == {ACCEPTED[name, mode]}
+    assert {found.layout for found in plan.experts} == {ACCEPTED[name, mode]}
     assert {(e.num_experts, e.intermediate, e.hidden) for e in plan.experts} == {(8, 24, 64)}
 
 
@@ -146,7 +146,7 @@ def refusal(tmp_path, tensors, **config):
 
 def test_both_forms_in_one_checkpoint(tmp_path):
     folder = write_headers(tmp_path / "in", {"model.safetensors": fused(1) | split(1)}, CONFIG)
-    assert [found.form for found in plan_of(tmp_path, folder).experts] == ["fused", "split"]
+    assert [found.layout for found in plan_of(tmp_path, folder).experts] == ["fused", "split"]
 
 
 @pytest.mark.parametrize(("i", "h"), [(32, 64), (64, 64), (64, 128)])

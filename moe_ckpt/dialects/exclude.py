@@ -24,6 +24,7 @@ _PATTERNS = (
     "*.mlp.shared_expert_gate",
     "*.mlp.shared_expert*",
     "*.router*",
+    "*experts_gate*",
     "*lm_head",
 )
 _ALWAYS = ("lm_head",)  # also when tied to the embeddings: vLLM builds one either way

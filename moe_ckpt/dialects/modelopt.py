@@ -9,6 +9,10 @@
                  global_scale  weight_scale    float32, 0-d
                  input_scale   input_scale     float32, 0-d
 
+Experts of a layer in one tensor, as ModelOpt exports Llama 4 and gpt-oss, spell it
+``experts.gate_up_proj`` and ``experts.gate_up_proj_weight_scale``: without ``weight``, and with an
+underscore. Their tensors are [E, K, N], as the model stores them.
+
 vLLM and SGLang take the configuration from config.json, TensorRT-LLM from
 hf_quant_config.json: both are made from one value, so they cannot disagree.
 """
@@ -19,7 +23,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["LOADERS", "config_files", "suffix_of"]
+__all__ = ["LOADERS", "config_files", "suffix_of", "tensor_name"]
 
 # Who reads which format of this dialect. transformers has no quantizer for it and would load
 # the codes as if they were weights.
@@ -66,6 +70,20 @@ _ALGOS: Mapping[str, tuple[str, Mapping[str, Any] | None, Mapping[str, Any]]] = 
 def suffix_of(format_name: str, role: str) -> str:
     """The last component of the tensor that holds a part."""
     return _SUFFIXES[format_name][role]
+
+
+def tensor_name(format_name: str, module: str, role: str, is_stacked: bool) -> str:
+    """The tensor that holds a part of a module, or of all experts' modules.
+
+    >>> tensor_name("nvfp4", "experts.0.up_proj", "block_scale", False)
+    'experts.0.up_proj.weight_scale'
+    >>> tensor_name("nvfp4", "experts.down_proj", "qweight", True)
+    'experts.down_proj'
+    """
+    suffix = suffix_of(format_name, role)
+    if not is_stacked:
+        return f"{module}.{suffix}"
+    return module if suffix == "weight" else f"{module}_{suffix}"
 
 
 def config_files(

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
 from ..dtypes import FLOATS
 from ..errors import LayoutError, show, show_some
 from ..headers import TensorInfo
+from .family import CONCAT, INTERLEAVED, LAYOUTS, SPLIT, Family, Form
+from .packed import name_of_packing
 from .sizes import Sizes
-from .table import Family
 
-__all__ = ["Container", "Experts", "Rows"]
+__all__ = ["Container", "Experts", "Range"]
+
+_PROJECTIONS = ("gate", "up", "down")
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Contiguous rows of a tensor seen as a matrix [-1, K]."""
+class Range:
+    """Contiguous items of a tensor."""
 
     tensor: str
     start: int
@@ -25,145 +29,283 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The routed experts of one layer.
+    """Routed experts of one layer that have one width.
 
-    ``gate_up`` and ``down`` hold the tensors: one each if fused, else 2E (gate, up of expert 0,
-    then 1, ...) and E.
+    ``gate_up`` and ``down`` hold the tensors in expert order: for each expert if split (gate and
+    up of expert 0, then of 1, ...), else for all. ``biases`` are those of gate_up and of down, or
+    nothing. ``first`` is the number of the first expert in the output.
     """
 
     layer: str
     source: str
     output: str
-    projections: tuple[str, str, str]
-    form: str
+    projections: tuple[str, ...]
+    layout: str
+    order: str
     gate_up: tuple[str, ...]
     down: tuple[str, ...]
+    biases: tuple[str, ...]
+    first: int
     num_experts: int
     hidden: int
     intermediate: int
     evidence: str
 
-    def gate_up_rows(self, expert: int) -> tuple[Rows, ...]:
-        """The rows [2I, H] of gate, then up, of one expert."""
-        rows = self.intermediate
-        if self.form == "fused":
-            return (Rows(self.gate_up[0], expert * 2 * rows, 2 * rows),)
-        return tuple(Rows(name, 0, rows) for name in self.gate_up[2 * expert : 2 * expert + 2])
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """All tensors of these experts."""
+        return (*self.gate_up, *self.down, *self.biases)
 
-    def down_rows(self, expert: int) -> tuple[Rows, ...]:
-        """The rows [H, I] of down of one expert."""
-        if self.form == "fused":
-            return (Rows(self.down[0], expert * self.hidden, self.hidden),)
-        return (Rows(self.down[expert], 0, self.hidden),)
+    @property
+    def gate_up_rows(self) -> tuple[int, ...]:
+        """Rows of gate and of up, or of up alone."""
+        return (self.intermediate,) * (len(self.projections) - 1)
+
+    @property
+    def stores_transposed(self) -> tuple[bool, bool]:
+        """Whether gate and up, and down, are stored [in, out]."""
+        first, *_, last = LAYOUTS[self.layout].shapes
+        return first[-1] != "H", last[-1] != "I"
+
+    @property
+    def is_interleaved(self) -> bool:
+        """Whether rows of gate and up alternate."""
+        return self.order == INTERLEAVED
+
+    def gate_up_ranges(self, expert: int) -> tuple[Range, ...]:
+        """Where gate, then up, of one expert lie; one range if they are in one tensor."""
+        rows = sum(self.gate_up_rows)
+        return self._ranges(self.gate_up, expert, rows * self.hidden)
+
+    def down_ranges(self, expert: int) -> tuple[Range, ...]:
+        """Where down of one expert lies."""
+        return self._ranges(self.down, expert, self.hidden * self.intermediate)
+
+    def _ranges(self, tensors: tuple[str, ...], expert: int, items: int) -> tuple[Range, ...]:
+        if self.layout == SPLIT:
+            each = len(tensors) // self.num_experts
+            names = tensors[expert * each : (expert + 1) * each]
+            return tuple(Range(name, 0, items // each) for name in names)
+        items //= len(tensors)
+        return tuple(Range(name, expert * items, items) for name in tensors)
 
 
 class Container:
-    """Tensors that may be the experts of one layer, before they are checked."""
+    """Tensors that may be the experts of one layer, before they are checked.
 
-    def __init__(self, layer: str, source: str, form: str) -> None:
-        self.layer, self.source, self.form = layer, source, form
-        self.members: dict[tuple[int, int], str] = {}  # (expert or -1, position) -> tensor
+    ``forms`` are the rows of the table that these names fit. ``members`` are the tensors: by
+    expert (-1 where all are in one) and position in the form.
+    """
 
-    def check(self, tensors: Mapping[str, TensorInfo], family: Family, sizes: Sizes) -> Experts:
+    def __init__(self, layer: str, source: str, forms: Sequence[Form]) -> None:
+        self.layer, self.source, self.forms = layer, source, tuple(forms)
+        self.members: dict[tuple[int, int], str] = {}
+        self.biases: dict[int, str] = {}
+
+    def check(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        family: Family,
+        sizes: Sizes,
+        order: Mapping[Form, str],
+    ) -> list[Experts]:
         """The experts, if they are complete and of the sizes that config.json names.
+
+        ``order`` says how gate and up lie in each form.
 
         Raises:
             LayoutError: with the shapes found and those expected.
         """
-        members = self.members
-        gate_up: tuple[str, ...]
-        down: tuple[str, ...]
-        dtypes = {tensors[name].dtype for name in members.values()}
+        names = [*self.members.values(), *self.biases.values()]
+        dtypes = {tensors[name].dtype for name in names}
         if not dtypes <= FLOATS or len(dtypes) > 1:
+            packing = name_of_packing({name: tensors[name].dtype for name in names})
             raise LayoutError(
-                f"{show(self.source)}: experts are stored as {', '.join(sorted(dtypes))}; expected "
-                "BF16, F16 or F32 throughout. Quantized or packed experts are not supported"
+                f"{show(self.source)}: experts are stored as {', '.join(sorted(dtypes))}"
+                f"{f' ({packing})' if packing else ''}; expected BF16, F16 or F32 throughout. "
+                "Quantized or packed experts are not supported"
             )
-        if self.form == "fused":
-            E, H, I, shapes = self._fused_sizes(tensors, family)
-            gate_up, down = (members[-1, 0],), (members[-1, 1],)
-        else:
-            E, H, I, shapes = self._split_sizes(tensors)
-            gate_up = tuple(members[e, p] for e in range(E) for p in (0, 1))
-            down = tuple(members[e, 2] for e in range(E))
+        if self.forms[0].layout == SPLIT:
+            return self._check_split(tensors, family, sizes)
+        return [self._check_stacked(tensors, family, sizes, order)]
+
+    def _check_stacked(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        family: Family,
+        sizes: Sizes,
+        order: Mapping[Form, str],
+    ) -> Experts:
+        leaves = self.forms[0].leaves
+        names = [self.members[-1, p] for p in range(len(leaves)) if (-1, p) in self.members]
+        if len(names) < len(leaves):
+            raise LayoutError(
+                f"{show(self.source)}: only {show_some(names)} is there; experts need "
+                f"{self.forms[0].describe()}"
+            )
+        infos = [tensors[name] for name in names]
+        shapes = " with ".join(
+            f"{show(info.name.removeprefix(f'{self.source}.') if i else info.name)} "
+            f"{list(info.shape)}"
+            for i, info in enumerate(infos)
+        )
+        form, found = self._form_of(infos, family, sizes, shapes)
+        E, I, H = found["E"], found["I"], found["H"]
+        experts = self._experts(
+            family, form.layout, tuple(names[:-1]), (names[-1],), 0, E, I, H, shapes, sizes
+        )
+        biases = self._check_biases(form, tensors, experts)
+        joins = LAYOUTS[form.layout].joins_gate_up
+        return replace(experts, biases=biases, order=order[form] if joins else CONCAT)
+
+    def _form_of(
+        self, infos: list[TensorInfo], family: Family, sizes: Sizes, shapes: str
+    ) -> tuple[Form, dict[str, int]]:
+        """The one form whose shapes these are, and the sizes."""
+        stored = [info.shape for info in infos]
+        fits = [
+            (form, found)
+            for form in self.forms
+            if (found := _solve(form.layout, stored, sizes)) is not None
+        ]
+        expected = " or ".join(
+            LAYOUTS[form.layout].describe(family.is_gated) for form in self.forms
+        )
+        if len(self.forms) > 1 and fits and any(len(set(shape[-2:])) == 1 for shape in stored):
+            names = " or ".join(f"--layout {form.layout}" for form in self.forms)
+            raise LayoutError(
+                f"{shapes}: one of them is square, and {family.name} files exist in both "
+                f"orientations; the shapes cannot tell which this is. If you know it, say {names}"
+            )
+        if len(fits) == 1:
+            return fits[0]
+        counts = {shape[0] for shape in stored}
+        if len(counts) > 1 and all(len(shape) == 3 for shape in stored):
+            raise LayoutError(
+                f"{shapes}: the numbers of experts differ: {', '.join(map(str, sorted(counts)))}"
+            )
+        others = [
+            layout.name
+            for layout in LAYOUTS.values()
+            if len(layout.shapes) >= len(stored) and layout.solve(stored) is not None
+        ]
+        raise LayoutError(
+            f"{shapes}: expected {expected}; "
+            f"{f'these are {others[0]}' if others else 'these fit no layout'}, and files of family "
+            f"{family.name} are not"
+        )
+
+    def _check_biases(
+        self, form: Form, tensors: Mapping[str, TensorInfo], experts: Experts
+    ) -> tuple[str, ...]:
+        if not form.biases:
+            return ()
+        E, I, H = experts.num_experts, experts.intermediate, experts.hidden
+        for position, shape in enumerate(((E, 2 * I), (E, H))):
+            name = self.biases.get(position)
+            found = list(tensors[name].shape) if name else "nothing"
+            if found != list(shape):
+                leaf = form.biases[position]
+                raise LayoutError(
+                    f"{show(self.source)}.{leaf}: expected a bias {list(shape)}, found {found}"
+                )
+        return tuple(self.biases[position] for position in (0, 1))
+
+    def _check_split(
+        self, tensors: Mapping[str, TensorInfo], family: Family, sizes: Sizes
+    ) -> list[Experts]:
+        count = len(family.projections)
+        E = max(expert for expert, _ in self.members) + 1
+        missing = E * count - len(self.members)
+        if missing:
+            e, p = next(
+                pair for pair in product(range(E), range(count)) if pair not in self.members
+            )
+            raise LayoutError(
+                f"{show(self.source)}: {missing} of {E * count} expert matrices are missing, first "
+                f"{_PROJECTIONS[-count:][p]} of expert {e}"
+            )
+        shapes = [tuple(tensors[self.members[e, p]].shape for p in range(count)) for e in range(E)]
+        starts = [0, *(e for e in range(1, E) if shapes[e] != shapes[e - 1])]
+        if len(starts) > family.widths:
+            e = starts[family.widths]
+            raise LayoutError(
+                f"{show(self.source)}.{e}: has matrices {_text(shapes[e])}, expert "
+                f"{starts[family.widths - 1]} has {_text(shapes[starts[family.widths - 1]])}"
+            )
+        found = []
+        for start, stop in zip(starts, [*starts[1:], E], strict=True):
+            text = f"{show(self.source)}.{start} {_text(shapes[start])}"
+            solved = LAYOUTS[SPLIT].solve(shapes[start])
+            if solved is None:
+                expected = LAYOUTS[SPLIT].describe(family.is_gated)
+                raise LayoutError(f"{text}: expected {expected}")
+            tensors_of = [
+                tuple(self.members[e, p] for e in range(start, stop) for p in positions)
+                for positions in (range(count - 1), (count - 1,))
+            ]
+            gate_up, down = tensors_of
+            E_here, I, H = stop - start, solved["I"], solved["H"]
+            found.append(
+                self._experts(family, SPLIT, gate_up, down, start, E_here, I, H, text, sizes)
+            )
+        return found
+
+    def _experts(
+        self,
+        family: Family,
+        layout: str,
+        gate_up: tuple[str, ...],
+        down: tuple[str, ...],
+        first: int,
+        E: int,
+        I: int,
+        H: int,
+        shapes: str,
+        sizes: Sizes,
+    ) -> Experts:
         for what, value, known in (
             ("experts", E, sizes.experts),
-            ("rows of gate (I)", I, sizes.intermediate),
-            ("columns of gate (H)", H, sizes.hidden),
+            ("rows of up (I)", I, sizes.intermediate),
+            ("columns of up (H)", H, sizes.hidden),
         ):
             if value not in known:
                 listed = ", ".join(f"{key}={number}" for number, key in known.items()) or "nothing"
                 raise LayoutError(
                     f"{show(self.source)}: {shapes} has {value} {what}, config.json says {listed}"
                 )
-        evidence = (
-            f"{shapes}; E={E} ({sizes.experts[E]}), I={I} ({sizes.intermediate[I]}), "
-            f"H={H} ({sizes.hidden[H]})"
-        )
         return Experts(
             layer=self.layer,
             source=self.source,
-            output=f"{self.layer}.{family.split}",
+            output=f"{family.loader_name(self.layer)}.{family.split}",
             projections=family.projections,
-            form=self.form,
+            layout=layout,
+            order=CONCAT,
             gate_up=gate_up,
             down=down,
+            biases=(),
+            first=first,
             num_experts=E,
             hidden=H,
             intermediate=I,
-            evidence=evidence,
+            evidence=(
+                f"{shapes}; E={E} ({sizes.experts[E]}), I={I} ({sizes.intermediate[I]}), "
+                f"H={H} ({sizes.hidden[H]})"
+            ),
         )
 
-    def _fused_sizes(
-        self, tensors: Mapping[str, TensorInfo], family: Family
-    ) -> tuple[int, int, int, str]:
-        if len(self.members) != 2:
-            raise LayoutError(
-                f"{show(self.source)}: only {show_some(self.members.values())} is there; fused "
-                "experts need gate_up and down"
-            )
-        first, second = (tensors[self.members[-1, p]] for p in (0, 1))
-        shapes = (
-            f"{show(first.name)} {list(first.shape)} with {show(second.name.split('.')[-1])} "
-            f"{list(second.shape)}"
-        )
-        if len(first.shape) != 3 or len(second.shape) != 3 or 0 in first.shape + second.shape:
-            raise LayoutError(f"{shapes}: expected two 3-D tensors, [E, 2I, H] and [E, H, I]")
-        (E, a, b), (E2, c, d) = first.shape, second.shape
-        if E != E2:
-            raise LayoutError(f"{shapes}: the numbers of experts differ, {E} and {E2}")
-        if a != 2 * d or b != c:
-            transposed = b == 2 * c and a == d
-            stored = "stored transposed, [E, H, 2I] and [E, I, H]" if transposed else "neither"
-            raise LayoutError(
-                f"{shapes}: expected [E, 2I, H] and [E, H, I]; these are {stored}, which this "
-                "version does not convert"
-            )
-        if family.either_orientation and (a == b or c == d):
-            raise LayoutError(
-                f"{shapes}: one of them is square, and {family.name} files exist in both "
-                "orientations; the shapes cannot tell which this is"
-            )
-        return E, b, d, shapes
 
-    def _split_sizes(self, tensors: Mapping[str, TensorInfo]) -> tuple[int, int, int, str]:
-        ids = {expert for expert, _ in self.members}
-        E = max(ids) + 1
-        missing = E * 3 - len(self.members)
-        if missing:
-            e, p = next((e, p) for e in range(E) for p in range(3) if (e, p) not in self.members)
-            raise LayoutError(
-                f"{show(self.source)}: {missing} of {E * 3} expert matrices are missing, first "
-                f"{('gate', 'up', 'down')[p]} of expert {e}"
-            )
-        gate, up, down = (tensors[self.members[0, p]].shape for p in range(3))
-        shapes = f"{show(self.source)}.0 {list(gate)}, {list(up)}, {list(down)}"
-        if len(gate) != 2 or gate != up or down != gate[::-1] or 0 in gate:
-            raise LayoutError(f"{shapes}: expected gate [I, H], up [I, H] and down [H, I]")
-        for (_, p), name in self.members.items():
-            if tensors[name].shape != (gate, up, down)[p]:
-                raise LayoutError(
-                    f"{show(name)}: is {list(tensors[name].shape)}, expert 0 has "
-                    f"{list((gate, up, down)[p])}"
-                )
-        return E, gate[1], gate[0], shapes
+def _solve(layout: str, shapes: Sequence[tuple[int, ...]], sizes: Sizes) -> dict[str, int] | None:
+    """E, I and H of these shapes; a flat layout gives only E*I, and config.json the factors."""
+    found = LAYOUTS[layout].solve(shapes)
+    if found is None or "E*I" not in found:
+        return found
+    rows = found["E*I"]
+    pairs = [(E, I) for E, I in product(sizes.experts, sizes.intermediate) if rows == E * I]
+    if len(pairs) != 1:
+        return None
+    return {"E": pairs[0][0], "I": pairs[0][1], "H": found["H"]}
+
+
+def _text(shapes: Sequence[tuple[int, ...]]) -> str:
+    return ", ".join(str(list(shape)) for shape in shapes)

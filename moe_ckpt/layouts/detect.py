@@ -8,7 +8,7 @@ made of sizes that config.json names.
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +18,11 @@ from ..errors import LayoutError, Problems, show, show_some
 from ..headers import TensorInfo
 from ..modules import module_of, reason_to_keep, set_aside
 from .container import Container, Experts
+from .family import SPLIT, Family, Form
+from .given import Given, family_of_unknown, orders_of, with_layout
+from .packed import name_of_packing
 from .sizes import model_type_of, num_hidden_layers, sizes_of
-from .table import FAMILIES, UNSUPPORTED, Family, find_family
+from .table import FAMILIES, UNSUPPORTED, find_family
 
 __all__ = ["Detection", "detect"]
 
@@ -29,6 +32,7 @@ _NOT_ROUTED = re.compile(
 )
 _EXPERT = re.compile(r"(^|\.)(local_)?experts?(\.|_\d)")
 _MOE = re.compile(r"experts?|moe")
+_LORA = re.compile(r"\.lora_\w+(\.|$)")
 _MTP_ONLY = re.compile(r"(^|\.)(eh_proj|enorm|hnorm|shared_head|embed_tokens|\w*mtp\w*)(\.|$)")
 
 
@@ -50,14 +54,26 @@ class Detection:
     warnings: tuple[str, ...]
 
 
-def detect(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Detection:
+def detect(
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], given: Given | None = None
+) -> Detection:
     """Detect the layout of the routed experts.
 
+    ``given`` is what the user says where headers and table leave it open.
+
     Raises:
+        UsageError: ``given`` has unknown words.
         LayoutError: with every problem found.
     """
-    family = _family_of(tensors, config)
+    given = given or Given()
+    given.check()
     problems = Problems()
+    lora = [name for name in tensors if _LORA.search(name)]
+    if lora:
+        raise LayoutError(
+            f"{show_some(lora)}: belong to a LoRA adapter; merge it into the model first"
+        )
+    family, orders = _family_of(tensors, config, given)
     sizes = sizes_of(config)
     for contradiction in sizes.contradictions:
         problems.add(LayoutError, contradiction)
@@ -66,18 +82,23 @@ def detect(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Dete
     num_layers = num_hidden_layers(config)
     containers, unmatched = _group(family, tensors, num_layers)
     if unmatched:
+        dtypes = {name: tensors[name].dtype for name in unmatched}
+        packing = name_of_packing(dtypes)
         problems.add(
             LayoutError,
-            f"{show_some(unmatched)}: looks like experts, and family {family.name} stores them as "
-            f"{_forms(family)}; it cannot be converted",
+            f"{show_some(unmatched)}: looks like experts"
+            f"{f' packed as {packing}' if packing else ''}, and family {family.name} stores them "
+            f"as {_forms(family)}; it cannot be converted",
         )
     if not containers and not unmatched:
         problems.add(
             LayoutError,
             f"no routed experts found; family {family.name} stores them as {_forms(family)}",
         )
-    checked = [problems.catch(partial(c.check, tensors, family, sizes)) for c in containers]
-    experts = [found for found in checked if found is not None]
+    experts: list[Experts] = []
+    for container in containers:
+        check = partial(container.check, tensors, family, sizes, orders)
+        experts += problems.catch(check) or []
     _refuse_disagreement(experts, problems)
     layers = {group.layer for group in containers}
     stacks = frozenset(map(_stack_of, layers))
@@ -95,22 +116,28 @@ def detect(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Dete
     )
 
 
-def _family_of(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Family:
+def _family_of(
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], given: Given
+) -> tuple[Family, dict[Form, str]]:
+    """The row of the table, and how gate and up lie in each of its forms."""
     model_type = model_type_of(config)
     family = find_family(model_type)
     if family is not None:
-        return family
+        return with_layout(family, given), orders_of(family, config, given)
     if model_type in UNSUPPORTED:
         raise LayoutError(
-            f"model type {show(model_type)}: this version does not convert its experts "
-            f"({UNSUPPORTED[model_type]})"
+            f"model type {show(model_type)} cannot be converted: {UNSUPPORTED[model_type]}"
         )
+    if given.layout:
+        family = family_of_unknown(model_type, tensors, given)
+        return family, {form: form.order for form in family.forms}
     seen = [f"{name} {list(info.shape)}" for name, info in tensors.items() if _is_expert(info)]
     evidence = f"found {show_some(seen)}" if seen else "no tensor looks like experts either"
     known = ", ".join(sorted(t for f in FAMILIES for t in f.model_types))
     raise LayoutError(
         f"config.json: model_type {show(model_type)!r} is not in the table of families, and names "
-        f"and shapes alone do not tell how experts are stored ({evidence}). Known: {known}"
+        f"and shapes alone do not tell how experts are stored ({evidence}). If you know, say "
+        f"--layout and --gate-up-order; `moe-ckpt layouts` explains them. Known: {known}"
     )
 
 
@@ -121,8 +148,8 @@ def _is_expert(info: TensorInfo) -> bool:
 
 
 def _forms(family: Family) -> str:
-    split = f"{family.split}.E.{'/'.join(family.projections)}.weight"
-    return " or ".join([split, *(f"{p}.{a} + {p}.{b}" for p, a, b in family.fused)])
+    split = f"{family.split}.E.{{{', '.join(family.projections)}}}.weight"
+    return " or ".join([split, *(form.describe() for form in family.forms)])
 
 
 def _refuse_unrestorable(
@@ -142,30 +169,30 @@ def _group(
     family: Family, tensors: Mapping[str, TensorInfo], num_layers: int | None
 ) -> tuple[list[Container], list[str]]:
     """Containers by layer, and names that look like experts but are not the family's."""
-    leaves = "|".join(family.projections)
-    split = re.compile(
-        rf"(.+\.[0-9]+)\.({re.escape(family.split)})\.([0-9]{{1,6}})\.({leaves})\.weight"
-    )
-    fused = [
-        (re.compile(rf"(.+\.[0-9]+)\.({re.escape(path)})\.({re.escape(a)}|{re.escape(b)})"), a)
-        for path, a, b in family.fused
+    names = dict.fromkeys((form.path, form.leaves) for form in family.forms)
+    matchers = [
+        _matcher([_split_form(family)], expert=True),
+        *(_matcher([f for f in family.forms if (f.path, f.leaves) == these]) for these in names),
     ]
     containers: dict[tuple[str, str], Container] = {}
     unmatched: list[str] = []
     for name, info in tensors.items():
-        matches = [(m, first) for pattern, first in fused if (m := pattern.fullmatch(name))]
-        one = split.fullmatch(name)
-        if matches:
-            match, first = matches[0]
-            source = f"{match[1]}.{match[2]}"
-            group = containers.setdefault((source, "fused"), Container(match[1], source, "fused"))
-            group.members[-1, 0 if match[3] == first else 1] = name
-        elif one:
-            source = f"{one[1]}.{one[2]}"
-            group = containers.setdefault((source, "split"), Container(one[1], source, "split"))
-            group.members[int(one[3]), family.projections.index(one[4])] = name
-        elif _is_expert(info):
-            unmatched.append(name)
+        for pattern, forms in matchers:
+            match = pattern.fullmatch(name)
+            if match is None:
+                continue
+            form, layer, source = forms[0], match[1], f"{match[1]}.{match[2]}"
+            key = (source, form.layout)
+            group = containers.setdefault(key, Container(layer, source, forms))
+            if match["leaf"] in form.leaves:
+                expert = int(match[3] or -1)
+                group.members[expert, form.leaves.index(match["leaf"])] = name
+            else:
+                group.biases[form.biases.index(match["leaf"])] = name
+            break
+        else:
+            if _is_expert(info):
+                unmatched.append(name)
     stacks = {_stack_of(group.layer) for group in containers.values()}
 
     def routed(name: str) -> bool:
@@ -177,6 +204,20 @@ def _group(
     )
 
 
+def _split_form(family: Family) -> Form:
+    leaves = tuple(f"{projection}.weight" for projection in family.projections)
+    return Form(SPLIT, family.split, leaves)
+
+
+def _matcher(forms: list[Form], *, expert: bool = False) -> tuple[re.Pattern[str], list[Form]]:
+    """A pattern for the names of forms that have the same names, and the forms."""
+    form = forms[0]
+    number = r"\.([0-9]{1,6})" if expert else "()"
+    leaves = "|".join(map(re.escape, (*form.leaves, *form.biases)))
+    path = re.escape(form.path)
+    return re.compile(rf"(.+\.[0-9]+)\.({path}){number}\.(?P<leaf>{leaves})"), forms
+
+
 def _stack_of(layer: str) -> str:
     """``model.layers`` of ``model.layers.3``."""
     return layer.rpartition(".")[0]
@@ -184,24 +225,29 @@ def _stack_of(layer: str) -> str:
 
 def _refuse_disagreement(experts: list[Experts], problems: Problems) -> None:
     """All layers of one stack must have the same sizes, and each layer its experts once."""
-    for layer, count in Counter(found.layer for found in experts).items():
-        if count > 1:
-            problems.add(LayoutError, f"{show(layer)}: has its experts twice, fused and split")
-    stacks: dict[str, list[Experts]] = defaultdict(list)
+    layers: dict[str, list[Experts]] = defaultdict(list)
     for found in experts:
-        stacks[_stack_of(found.layer)].append(found)
-    for members in stacks.values():
-        first = members[0]
-        for other in members[1:]:
-            one, two = (
-                (found.num_experts, found.intermediate, found.hidden) for found in (first, other)
+        layers[found.layer].append(found)
+    first_of: dict[str, tuple[str, list[tuple[int, int, int]]]] = {}
+    reported = set()
+    for layer, groups in layers.items():
+        if len({found.layout for found in groups}) > 1 or len({g.source for g in groups}) > 1:
+            problems.add(LayoutError, f"{show(layer)}: has its experts twice, fused and split")
+            continue
+        stack = _stack_of(layer)
+        sizes = [(found.num_experts, found.intermediate, found.hidden) for found in groups]
+        source, expected = first_of.setdefault(stack, (groups[0].source, sizes))
+        if sizes != expected and stack not in reported:
+            reported.add(stack)
+            problems.add(
+                LayoutError,
+                f"{show(groups[0].source)}: (E, I, H) is {_sizes(sizes)}, {show(source)} has "
+                f"{_sizes(expected)}",
             )
-            if one != two:
-                problems.add(
-                    LayoutError,
-                    f"{show(other.source)}: (E, I, H) is {two}, {show(first.source)} has {one}",
-                )
-                break
+
+
+def _sizes(sizes: list[tuple[int, int, int]]) -> str:
+    return " and ".join(map(str, sizes))
 
 
 def _check_layers(
@@ -254,19 +300,26 @@ def _check_layers(
 def _restore_names(
     family: Family, experts: list[Experts], tensors: Mapping[str, TensorInfo]
 ) -> dict[str, str]:
-    """New names of the tensors in stacks with fused experts, where transformers renames them."""
-    stacks = {_stack_of(found.layer) for found in experts if found.form == "fused"}
-    consumed = {name for found in experts for name in (*found.gate_up, *found.down)}
+    """New names of tensors that transformers renames, where their old ones are known."""
+    stacks = {_stack_of(found.layer) for found in experts if found.layout != SPLIT}
+    consumed = {name for found in experts for name in found.tensors}
     renamed: dict[str, str] = {}
-    if not family.renames or not stacks:
-        return renamed
     for name in tensors:
-        match = re.match(r"((.+?)\.[0-9]+)\.", name)
-        if name in consumed or match is None or match[2] not in stacks:
+        if name in consumed:
             continue
-        rest = name[match.end() :]
-        for old, new in family.renames:
-            if rest.startswith(old):
-                renamed[name] = f"{match[1]}.{new}{rest.removeprefix(old)}"
-                break
+        new = family.loader_name(_restore_sibling(family, name, stacks))
+        if new != name:
+            renamed[name] = new
     return renamed
+
+
+def _restore_sibling(family: Family, name: str, stacks: Set[str]) -> str:
+    """The name of a tensor in a layer of a stack with fused experts."""
+    match = re.match(r"((.+?)\.[0-9]+)\.", name) if family.renames else None
+    if match is None or match[2] not in stacks:
+        return name
+    rest = name[match.end() :]
+    for old, new in family.renames:
+        if rest.startswith(old):
+            return f"{match[1]}.{new}{rest.removeprefix(old)}"
+    return name

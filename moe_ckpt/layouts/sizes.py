@@ -11,9 +11,11 @@ __all__ = ["Sizes", "model_type_of", "num_hidden_layers", "sizes_of"]
 # The key for one thing varies by family, and transformers 5 re-saves it under another name
 # (qwen3_moe: num_experts becomes num_local_experts), so every known key counts.
 EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-INTERMEDIATE_KEYS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
-HIDDEN_KEYS = ("hidden_size", "d_model")
-_LAYERS_KEY = "num_hidden_layers"
+INTERMEDIATE_KEYS = (
+    *("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size", "intermediate_size"),
+)
+HIDDEN_KEYS = ("hidden_size", "d_model", "moe_latent_size")
+LAYERS_KEYS = ("num_hidden_layers", "n_layers")
 
 # Parts of a model that are not the text model with the experts.
 _OTHER_SUBTREES = (
@@ -65,10 +67,13 @@ def model_type_of(config: Mapping[str, Any]) -> str:
 
 def num_hidden_layers(config: Mapping[str, Any]) -> int | None:
     """Layers of the model with the experts, not counting those for multi-token prediction."""
-    levels = [level for _, level in _levels(config, "") if _integers(level.get(_LAYERS_KEY))]
+    levels = [level for _, level in _levels(config, "")]
     with_experts = [level for level in levels if any(level.get(key) for key in EXPERTS_KEYS)]
-    found = [_integers(level[_LAYERS_KEY])[0] for level in with_experts or levels]
-    return found[0] if found else None
+    for key in LAYERS_KEYS:
+        for level in (*with_experts, *levels):
+            if found := _integers(level.get(key)):
+                return found[0]
+    return None
 
 
 def _levels(config: Mapping[str, Any], path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

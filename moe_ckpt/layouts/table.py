@@ -2,180 +2,208 @@
 
 Names cannot tell how a fused tensor is stored: the same names carry both orientations and both
 orders of gate and up. So a model type must be in this table, and the shapes must agree with it.
-
-Stored forms:
-
-    split   one matrix per expert and projection: gate [I, H], up [I, H], down [H, I]
-    fused   one tensor for all experts: gate_up [E, 2I, H] with gate in the first I rows,
-            down [E, H, I]
+`Family` says what the fields mean.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from .family import INTERLEAVED, Family, Form
 
-__all__ = ["FAMILIES", "UNSUPPORTED", "Family", "find_family"]
+__all__ = ["CHECKS", "FAMILIES", "UNSUPPORTED", "find_family", "split_loaders"]
 
-GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
-W1_W3_W2 = ("w1", "w3", "w2")
+VLLM, SGLANG, TRTLLM, TRANSFORMERS = "vLLM", "SGLang", "TensorRT-LLM", "transformers"
+EVERYWHERE = (VLLM, SGLANG, TRANSFORMERS)
+SERVERS = (VLLM, SGLANG)
+
+# The model types whose classes TensorRT-LLM has (_torch/models/_arch_index.py) and reads split.
+_IN_TENSORRT_LLM = frozenset(
+    "qwen2_moe qwen3_moe qwen3_next qwen3_5_moe qwen3_5_moe_text qwen3_vl_moe deepseek_v3 "
+    "deepseek_v32 kimi_k2 kimi_k25 kimi_linear glm_moe_dsa glm4_moe afmoe exaone_moe gemma4 "
+    "gemma4_text hunyuan_v1_moe laguna minimax_m2 minimax_m3 minimax_m3_vl mixtral "
+    "nemotron_h".split()
+)
+
+CHECKS = {
+    "export": "output equals ModelOpt's export, byte for byte",
+    "module": "output computes what transformers' experts compute",
+    "headers": "headers that transformers writes",
+    "source": "source code of the loaders only",
+}
+
 GATE_UP_PROJ = ("gate_up_proj", "down_proj")
-INPUT_OUTPUT_LINEAR = ("input_linear.weight", "output_linear.weight")
-
-VLLM, SGLANG, TRANSFORMERS = "vLLM", "SGLang", "transformers"
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One way to store experts.
-
-    ``split``: path from the layer to the experts, of the per-expert form, which is the
-        form that is written: ``{layer}.{split}.{e}.{projection}.weight``.
-    ``projections``: the names of gate, up and down in that form.
-    ``fused``: (path, gate_up leaf, down leaf) of each fused form that can be read.
-    ``renames``: what transformers 5 calls tensors of layers with fused experts, and what loaders
-        call them; prefixes of the path below the layer, the first that fits is applied.
-    ``not_restorable``: parts of names that only transformers 5 writes and this table cannot
-        turn back; a checkpoint that has them is refused.
-    ``either_orientation``: files with both orientations exist under the same names, so the
-        shapes alone decide and a square matrix cannot be told.
-    ``loaders``: which have the model and read the split form.
-    """
-
-    name: str
-    model_types: tuple[str, ...]
-    split: str
-    projections: tuple[str, str, str] = GATE_UP_DOWN
-    fused: tuple[tuple[str, str, str], ...] = ()
-    renames: tuple[tuple[str, str], ...] = ()
-    not_restorable: tuple[str, ...] = ()
-    either_orientation: bool = False
-    loaders: tuple[str, ...] = (VLLM, SGLANG, TRANSFORMERS)
-
-
-_MLP_FUSED = (("mlp.experts", *GATE_UP_PROJ),)
+W1_W3_W2 = ("w1", "w3", "w2")
+_MLP = Form("fused", "mlp.experts", GATE_UP_PROJ)
 
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="qwen_moe",
         model_types=("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
         split="mlp.experts",
-        fused=_MLP_FUSED,
+        forms=(_MLP,),
+        loaders=EVERYWHERE,
+        checked="export",
     ),
     Family(
         name="qwen4_exp",
         model_types=("qwen4_exp", "qwen4_exp_text"),
         split="mlp.experts",
-        fused=_MLP_FUSED,
+        forms=(_MLP,),
         not_restorable=(".ngram_embedding.weight",),
+        loaders=EVERYWHERE,
+        checked="module",
     ),
     Family(
         name="qwen3_omni_moe",
         model_types=("qwen3_omni_moe", "qwen3_omni_moe_thinker"),
         split="mlp.experts",
         not_restorable=("model.language_model.",),
+        loaders=EVERYWHERE,
+        checked="source",
     ),
     Family(
         name="qwen3_vl_moe",
         model_types=("qwen3_vl_moe", "qwen3_vl_moe_text"),
         split="mlp.experts",
-        fused=_MLP_FUSED,
-        either_orientation=True,
-        loaders=(VLLM, SGLANG),
+        forms=(_MLP, Form("fused-transposed", "mlp.experts", GATE_UP_PROJ)),
+        loaders=SERVERS,
+        checked="module",
     ),
     Family(
         name="deepseek",
         model_types=("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm_moe_dsa"),
         split="mlp.experts",
-        fused=_MLP_FUSED,
+        forms=(_MLP,),
+        loaders=EVERYWHERE,
+        checked="export",
+    ),
+    Family(
+        name="deepseek_v4",
+        model_types=("deepseek_v4",),
+        split="ffn.experts",
+        projections=W1_W3_W2,
+        not_restorable=(".mlp.", ".self_attn."),
+        instead="runtimes read its NVFP4 experts only beside attention in FP8 blocks",
+        checked="source",
     ),
     Family(
         name="kimi_k25",
         model_types=("kimi_k25",),
         split="mlp.experts",
         not_restorable=("model.language_model.",),
+        loaders=EVERYWHERE,
+        checked="source",
     ),
     Family(
         name="glm4_moe",
         model_types=("glm4_moe", "glm4_moe_lite", "glm4v_moe"),
         split="mlp.experts",
-        fused=_MLP_FUSED,
+        forms=(_MLP,),
+        loaders=EVERYWHERE,
+        checked="module",
     ),
     Family(
         name="mlp_experts",
         model_types=("olmoe", "afmoe", "cohere2_moe", "hunyuan_v1_moe", "longcat_flash"),
         split="mlp.experts",
-        fused=_MLP_FUSED,
+        forms=(_MLP,),
+        loaders=EVERYWHERE,
+        checked="module",
     ),
     Family(
         name="ernie4_5_moe",
         model_types=("ernie4_5_moe",),
         split="mlp.experts",
-        fused=_MLP_FUSED,
+        forms=(_MLP,),
         renames=(("mlp.gate.moe_statics.", "mlp.moe_statics."),),
+        loaders=EVERYWHERE,
+        checked="module",
+    ),
+    Family(
+        name="ernie4_5_vl_moe",
+        model_types=("ernie4_5_vl_moe",),
+        split="mlp.experts",
+        widths=2,
+        not_restorable=(".text_moe.", ".vision_moe.", "model.language_model."),
+        built_as=("mlp.text_experts_gate", "mlp.vision_experts_gate"),
+        loaders=EVERYWHERE,
+        checked="module",
     ),
     Family(
         name="mimo_v2",
         model_types=("mimo_v2", "mimo_v2_flash"),
         split="mlp.experts",
-        fused=_MLP_FUSED,
+        forms=(_MLP,),
         renames=(("self_attn.sinks", "self_attn.attention_sink_bias"),),
+        loaders=EVERYWHERE,
+        checked="module",
     ),
     Family(
         name="laguna",
         model_types=("laguna",),
         split="mlp.experts",
-        fused=_MLP_FUSED,
+        forms=(_MLP,),
         renames=(
             ("mlp.shared_experts.", "mlp.shared_expert."),
             ("mlp.gate.e_score_correction_bias", "mlp.experts.e_score_correction_bias"),
         ),
+        loaders=EVERYWHERE,
+        checked="module",
     ),
     Family(
         name="mlp_experts_transformers",
         model_types=("flex_olmo", "dots1", "mellum", "solar_open"),
         split="mlp.experts",
-        fused=_MLP_FUSED,
+        forms=(_MLP,),
         loaders=(TRANSFORMERS,),
+        checked="module",
     ),
     Family(
         name="remote_code",
         model_types=("bailing_moe", "bailing_moe_v2"),
         split="mlp.experts",
-        loaders=(VLLM, SGLANG),
+        loaders=SERVERS,
+        in_transformers=False,
+        checked="source",
     ),
     Family(
         name="exaone_moe",
         model_types=("exaone_moe",),
         split="mlp.experts",
-        fused=_MLP_FUSED,
+        forms=(_MLP,),
         renames=(("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias"),),
+        loaders=EVERYWHERE,
+        checked="module",
     ),
     Family(
         name="hy_v3",
         model_types=("hy_v3",),
         split="mlp.experts",
-        fused=_MLP_FUSED,
+        forms=(_MLP,),
         renames=(
             ("mlp.gate.", "mlp.router.gate."),
             ("mlp.e_score_correction_bias", "mlp.expert_bias"),
             ("mlp.shared_experts.", "mlp.shared_mlp."),
         ),
+        loaders=EVERYWHERE,
+        checked="module",
     ),
     Family(
         name="hy_v4",
         model_types=("hy_v4",),
         split="mlp.experts",
-        fused=_MLP_FUSED,
+        forms=(_MLP,),
         not_restorable=(".attn_hc.", ".ffn_hc.", ".self_attn.sinks", "model.hc_head."),
-        loaders=(VLLM, SGLANG),
+        loaders=SERVERS,
+        checked="module",
     ),
     Family(
         name="axk1",
         model_types=("axk1",),
         split="mlp.experts",
-        fused=_MLP_FUSED,
+        forms=(_MLP,),
         renames=(("mlp.post_mlp_layernorm.", "post_mlp_layernorm."),),
         loaders=(VLLM, TRANSFORMERS),
+        checked="module",
     ),
     Family(
         name="axk2",
@@ -183,35 +211,42 @@ FAMILIES: tuple[Family, ...] = (
         split="mlp.experts",
         not_restorable=("layernorm.mlp.fc", ".q_gate_proj."),
         loaders=(TRANSFORMERS,),
+        checked="module",
     ),
     Family(
         name="glm5_next",
         model_types=("glm5_next",),
         split="mlp.experts",
         not_restorable=(".attn_hc.", ".ffn_hc.", ".forget_gate."),
+        loaders=EVERYWHERE,
+        checked="module",
     ),
     Family(
         name="mistral4",
         model_types=("mistral4",),
         split="mlp.experts",
-        fused=_MLP_FUSED,
-        loaders=(VLLM,),
+        forms=(_MLP,),
+        checked="module",
     ),
     Family(
         name="mixtral",
         model_types=("mixtral", "minimax", "minimax_m2"),
         split="block_sparse_moe.experts",
         projections=W1_W3_W2,
-        fused=_MLP_FUSED,
+        forms=(_MLP,),
         renames=(("mlp.", "block_sparse_moe."),),
+        loaders=EVERYWHERE,
+        checked="export",
     ),
     Family(
         name="phimoe",
         model_types=("phimoe",),
         split="block_sparse_moe.experts",
         projections=W1_W3_W2,
-        fused=_MLP_FUSED,
+        forms=(_MLP,),
         renames=(("mlp.router.", "block_sparse_moe.gate."), ("mlp.", "block_sparse_moe.")),
+        loaders=EVERYWHERE,
+        checked="module",
     ),
     Family(
         name="minimax_m3",
@@ -219,6 +254,8 @@ FAMILIES: tuple[Family, ...] = (
         split="block_sparse_moe.experts",
         projections=W1_W3_W2,
         not_restorable=("model.language_model.",),
+        loaders=EVERYWHERE,
+        checked="module",
     ),
     Family(
         name="kimi_linear",
@@ -226,69 +263,210 @@ FAMILIES: tuple[Family, ...] = (
         split="block_sparse_moe.experts",
         projections=W1_W3_W2,
         not_restorable=(".forget_gate.",),
+        loaders=EVERYWHERE,
+        checked="module",
     ),
     Family(
         name="lfm2_moe",
         model_types=("lfm2_moe",),
         split="feed_forward.experts",
         projections=W1_W3_W2,
-        fused=(("feed_forward.experts", *GATE_UP_PROJ),),
+        forms=(Form("fused", "feed_forward.experts", GATE_UP_PROJ),),
+        loaders=EVERYWHERE,
+        checked="module",
     ),
     Family(
         name="jamba",
         model_types=("jamba",),
         split="feed_forward.experts",
-        fused=(("feed_forward.experts", *GATE_UP_PROJ),),
+        forms=(Form("fused", "feed_forward.experts", GATE_UP_PROJ),),
         loaders=(VLLM, TRANSFORMERS),
+        checked="module",
+    ),
+    Family(
+        name="nemotron_h",
+        model_types=("nemotron_h",),
+        split="mixer.experts",
+        projections=("up_proj", "down_proj"),
+        forms=(Form("stacked", "mixer.experts", ("up_proj", "down_proj")),),
+        prefixes=(("model.", "backbone."),),
+        loaders=EVERYWHERE,
+        checked="module",
+    ),
+    Family(
+        name="llama4",
+        model_types=("llama4",),
+        split="feed_forward.experts",
+        forms=(Form("fused-transposed", "feed_forward.experts", GATE_UP_PROJ),),
+        loaders=(VLLM, SGLANG),
+        fused_loaders={"nvfp4": (VLLM, TRTLLM), "fp8-tensor": (VLLM, TRTLLM)},
+        checked="export",
+    ),
+    Family(
+        name="llama4_text",
+        model_types=("llama4_text",),
+        split="feed_forward.experts",
+        forms=(Form("fused-transposed", "feed_forward.experts", GATE_UP_PROJ),),
+        loaders=(VLLM,),
+        fused_loaders={"nvfp4": (), "fp8-tensor": ()},
+        instead="SGLang drops the experts of a text-only Llama 4 in any form",
+        checked="export",
+    ),
+    Family(
+        name="gpt_oss",
+        model_types=("gpt_oss",),
+        split="mlp.experts",
+        forms=(
+            Form(
+                "fused-transposed",
+                "mlp.experts",
+                GATE_UP_PROJ,
+                order=INTERLEAVED,
+                biases=("gate_up_proj_bias", "down_proj_bias"),
+            ),
+        ),
+        fused_loaders={"nvfp4": (SGLANG,), "fp8-tensor": ()},
+        instead="SGLang reads it after 0.5.23; vLLM 0.33 and TensorRT-LLM load the codes and drop "
+        "their scales without a word",
+        checked="export",
+    ),
+    Family(
+        name="openai_privacy_filter",
+        model_types=("openai_privacy_filter",),
+        split="mlp.experts",
+        forms=(
+            Form(
+                "fused-transposed",
+                "mlp.experts",
+                GATE_UP_PROJ,
+                biases=("gate_up_proj_bias", "down_proj_bias"),
+            ),
+        ),
+        instead="vLLM and transformers read it unquantized",
+        checked="module",
+    ),
+    Family(
+        name="aria",
+        model_types=("aria",),
+        split="mlp.experts",
+        forms=(Form("fused-transposed", "mlp.experts", ("fc1.weight", "fc2.weight")),),
+        prefixes=(
+            ("model.language_model.", "language_model.model."),
+            ("model.multi_modal_projector.", "multi_modal_projector."),
+            ("model.vision_tower.", "vision_tower."),
+            ("lm_head.", "language_model.lm_head."),
+        ),
+        instead="vLLM and transformers read fc1 and fc2 of all experts, unquantized",
+        checked="module",
     ),
     Family(
         name="gemma4",
-        model_types=("gemma4", "gemma4_text", "diffusion_gemma"),
+        model_types=("gemma4", "gemma4_text"),
         split="experts",
-        fused=(("experts", *GATE_UP_PROJ),),
-        loaders=(VLLM, SGLANG),
+        forms=(Form("fused", "experts", GATE_UP_PROJ),),
+        loaders=SERVERS,
+        checked="module",
+    ),
+    Family(
+        name="diffusion_gemma",
+        model_types=("diffusion_gemma",),
+        split="experts",
+        forms=(Form("fused", "experts", GATE_UP_PROJ),),
+        loaders=(VLLM,),
+        checked="module",
     ),
     Family(
         name="granitemoe",
         model_types=("granitemoe", "granitemoeshared", "granitemoehybrid"),
         split="block_sparse_moe.experts",
-        fused=(
-            ("block_sparse_moe", *INPUT_OUTPUT_LINEAR),
-            ("block_sparse_moe.experts", *GATE_UP_PROJ),
+        forms=(
+            Form("fused", "block_sparse_moe", ("input_linear.weight", "output_linear.weight")),
+            Form("fused", "block_sparse_moe.experts", GATE_UP_PROJ),
         ),
         renames=(("block_sparse_moe.router.weight", "block_sparse_moe.router.layer.weight"),),
-        loaders=(VLLM, SGLANG),
+        loaders=SERVERS,
+        checked="module",
     ),
     Family(
         name="granitemoe_swa",
         model_types=("granitemoe_swa",),
         split="block_sparse_moe.experts",
-        fused=(("block_sparse_moe.experts", *GATE_UP_PROJ),),
-        loaders=(VLLM, SGLANG),
+        forms=(Form("fused", "block_sparse_moe.experts", GATE_UP_PROJ),),
+        loaders=SERVERS,
+        checked="module",
+    ),
+    Family(
+        name="jetmoe",
+        model_types=("jetmoe",),
+        split="mlp.experts",
+        forms=(Form("fused", "mlp", ("input_linear.weight", "output_linear.weight")),),
+        instead="transformers alone has the model, and reads input_linear and output_linear",
+        checked="module",
+    ),
+    Family(
+        name="step3",
+        model_types=("step3p5", "step3p7"),
+        split="moe.experts",
+        forms=(
+            Form(
+                "stacked",
+                "moe",
+                ("gate_proj.weight", "up_proj.weight", "down_proj.weight"),
+            ),
+        ),
+        not_restorable=("model.language_model.",),
+        loaders=(VLLM,),
+        instead="SGLang and TensorRT-LLM read its experts only stacked",
+        checked="module",
+    ),
+    Family(
+        name="dbrx",
+        model_types=("dbrx",),
+        split="ffn.experts",
+        projections=("w1", "v1", "w2"),
+        forms=(Form("flat", "ffn.experts.mlp", ("w1", "v1", "w2")),),
+        instead="SGLang reads w1, v1 and w2 of all experts, unquantized",
+        checked="module",
+    ),
+    Family(
+        name="zaya",
+        model_types=("zaya",),
+        split="mlp.experts",
+        forms=(_MLP,),
+        instead="SGLang reads a linear_fc1 and a linear_fc2 for each expert, unquantized",
+        checked="module",
+    ),
+    Family(
+        name="inkling",
+        model_types=("inkling_mm_model",),
+        split="mlp.experts",
+        forms=(
+            Form(
+                "fused",
+                "mlp.experts",
+                ("w13_weight", "w2_weight"),
+                order=INTERLEAVED,
+                order_flag="inference_moe_w13_interleaved",
+            ),
+        ),
+        not_restorable=("model.language_model.",),
+        instead="runtimes read its own NVFP4 form, w13_weight with scale and scale2",
+        checked="module",
     ),
 )
 
-# Model types whose experts this version knows, and does not convert.
+# Model types that are known, and cannot be converted.
 UNSUPPORTED: dict[str, str] = {
-    "gpt_oss": "gate and up interleaved, [E, H, 2I], with biases",
-    "openai_privacy_filter": "[E, H, 2I] with biases",
-    "llama4": "transposed, [E, H, 2I]",
-    "llama4_text": "transposed, [E, H, 2I]",
-    "aria": "transposed fc1 [E, H, 2I] and fc2 [E, I, H]",
-    "dbrx": "flat, all experts in one matrix",
-    "jetmoe": "no loader reads its experts one by one",
-    "zaya": "loaders want fused linear_fc1 matrices for each expert",
-    "step3p5": "separate 3-D gate, up and down",
-    "step3p7": "separate 3-D gate, up and down",
-    "inkling_mm_model": "interleaved w13_weight",
-    "nemotron_h": "ungated",
-    "ernie4_5_vl_moe": "text and vision experts of two widths in one layer",
-    "deepseek_v4": "packed FP4 experts",
-    "switch_transformers": "wi and wo for each expert",
-    "nllb-moe": "fc1 and fc2 with biases for each expert",
+    "switch_transformers": "its experts are wi and wo without a gate; no runtime quantizes them",
+    "nllb-moe": "its experts are fc1 and fc2 with biases; no runtime quantizes them",
 }
 
 
 def find_family(model_type: str) -> Family | None:
     """The row of a model type."""
     return next((family for family in FAMILIES if model_type in family.model_types), None)
+
+
+def split_loaders(family: Family, model_type: str) -> tuple[str, ...]:
+    """The runtimes that have the model and read its experts one by one."""
+    return (*family.loaders, *([TRTLLM] if model_type in _IN_TENSORRT_LLM else []))

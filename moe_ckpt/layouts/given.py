@@ -1,0 +1,140 @@
+"""What the user says about experts, where headers and table cannot tell.
+
+The model type decides first. A user's word settles what is open - a model type that the table does
+not have, a square matrix that could be either way up - and never overrules what is known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import LayoutError, UsageError, show, show_some
+from .family import CONCAT, LAYOUTS, ORDERS, SPLIT, Family, Form
+
+__all__ = ["Given", "family_of_unknown", "orders_of", "with_layout"]
+
+# Leaves of experts in model types that the table does not have.
+_LEAVES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "fused": (("gate_up_proj", "down_proj"),),
+    "fused-transposed": (("gate_up_proj", "down_proj"),),
+    "stacked": (
+        ("gate_proj.weight", "up_proj.weight", "down_proj.weight"),
+        ("gate_proj", "up_proj", "down_proj"),
+    ),
+    SPLIT: (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """``--layout`` and ``--gate-up-order``; None where nothing was said."""
+
+    layout: str | None = None
+    order: str | None = None
+
+    def check(self) -> None:
+        """Raise `UsageError` for a word that is not known."""
+        for option, value, known in (
+            ("--layout", self.layout, tuple(LAYOUTS)),
+            ("--gate-up-order", self.order, ORDERS),
+        ):
+            if value is not None and value not in known:
+                raise UsageError(f"{option} {show(value)!r} is unknown; choose {', '.join(known)}")
+
+
+def with_layout(family: Family, given: Given) -> Family:
+    """The family with only the forms that the user allows."""
+    if given.layout is None:
+        return family
+    forms = tuple(form for form in family.forms if form.layout == given.layout)
+    if not forms and given.layout != SPLIT:
+        raise LayoutError(
+            f"--layout {given.layout}: family {family.name} is stored as "
+            f"{' or '.join(family.layouts)}; leave the option out"
+        )
+    return replace(family, forms=forms)
+
+
+def orders_of(family: Family, config: Mapping[str, Any], given: Given) -> dict[Form, str]:
+    """How gate and up lie in each form of a family that the table has."""
+    orders = {}
+    for form in family.forms:
+        order = form.order
+        if form.order_flag and _flag(config, form.order_flag) is False:
+            order = CONCAT
+        orders[form] = order
+        if given.order not in (None, order) and LAYOUTS[form.layout].joins_gate_up:
+            raise LayoutError(
+                f"--gate-up-order {given.order}: family {family.name} stores gate and up "
+                f"{order} in {form.describe()}; leave the option out"
+            )
+    if given.order and not any(LAYOUTS[form.layout].joins_gate_up for form in family.forms):
+        raise LayoutError(
+            f"--gate-up-order {given.order}: family {family.name} does not store gate and up in "
+            "one tensor; leave the option out"
+        )
+    return orders
+
+
+def family_of_unknown(model_type: str, names: Iterable[str], given: Given) -> Family:
+    """A family for a model type that the table does not have, from the user's word and names.
+
+    Raises:
+        LayoutError: the user said too little, or the names are none that are known.
+    """
+    assert given.layout is not None
+    joins = LAYOUTS[given.layout].joins_gate_up
+    if joins and given.order is None:
+        raise LayoutError(
+            f"model_type {show(model_type)!r} is not in the table of families: with --layout "
+            f"{given.layout}, say also --gate-up-order {' or '.join(ORDERS)}"
+        )
+    if given.order and not joins:
+        raise LayoutError(
+            f"--gate-up-order {given.order}: layout {given.layout} does not have gate and up in "
+            "one tensor; leave the option out"
+        )
+    expert = r"\.[0-9]+" if given.layout == SPLIT else ""
+    suffix = r"\.weight" if given.layout == SPLIT else ""
+    found: dict[tuple[str, tuple[str, ...]], str] = {}
+    for leaves in _LEAVES.get(given.layout, ()):
+        any_leaf = "|".join(map(re.escape, leaves))
+        pattern = re.compile(
+            rf"(.*?)\.[0-9]+\.([A-Za-z_.]*(?:experts|moe)){expert}\.(?:{any_leaf}){suffix}"
+        )
+        for name in names:
+            match = pattern.fullmatch(name)
+            if match and "shared" not in match[2]:
+                found.setdefault((match[2], leaves), name)
+    if len(found) != 1:
+        known = " or ".join("/".join(leaves) for leaves in _LEAVES.get(given.layout, ()))
+        raise LayoutError(
+            f"model_type {show(model_type)!r} is not in the table of families, and --layout "
+            f"{given.layout} does not tell which tensors are experts: "
+            + (f"both {show_some(found.values())} may be" if found else f"none is called {known}")
+        )
+    ((path, leaves),) = found
+    projections = leaves if given.layout == SPLIT else _LEAVES[SPLIT][0]
+    forms = (
+        () if given.layout == SPLIT else (Form(given.layout, path, leaves, given.order or CONCAT),)
+    )
+    return Family(
+        name="given by --layout",
+        model_types=(model_type,),
+        split=path,
+        projections=projections,
+        forms=forms,
+        in_transformers=False,
+    )
+
+
+def _flag(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a key at the top of a config or in its text model."""
+    text = config.get("text_config")
+    for level in (config, text if isinstance(text, dict) else {}):
+        if key in level:
+            return level[key]
+    return None

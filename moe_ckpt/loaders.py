@@ -1,0 +1,76 @@
+"""Which runtimes read the result, and whether experts are written split or fused for them."""
+
+from __future__ import annotations
+
+from .dialects import LOADERS
+from .errors import LayoutError, UsageError, show, show_some
+from .layouts import Detection, split_loaders
+
+__all__ = ["EXPERTS", "form_of_experts", "loader_warnings", "loaders_of"]
+
+EXPERTS = ("auto", "split", "fused")
+
+
+def form_of_experts(detection: Detection, wanted: str) -> str:
+    """The form of experts, split or fused, for ``wanted`` as in `EXPERTS`.
+
+    "auto" is what most runtimes read, split if both are read by as many.
+
+    Raises:
+        UsageError: ``wanted`` is unknown.
+        LayoutError: no runtime reads that form, or the source does not have it.
+    """
+    if wanted not in EXPERTS:
+        raise UsageError(f"experts {show(wanted)!r} is unknown; choose {', '.join(EXPERTS)}")
+    family, model_type = detection.family, show(detection.model_type)
+    form = wanted
+    if wanted == "auto":
+        fused = max(map(len, family.fused_loaders.values()), default=0)
+        split = len(split_loaders(family, detection.model_type))
+        form = "fused" if fused > split else "split"
+        if not fused and not split and family.instead:
+            raise LayoutError(
+                f"model type {model_type}: no runtime is known to read its experts quantized one "
+                f"by one: {family.instead}. To write them so all the same, say --experts split"
+            )
+    if form == "fused":
+        if not family.fused_loaders:
+            raise LayoutError(
+                f"--experts fused: ModelOpt has no fused export of model type {model_type}; say "
+                "--experts split"
+            )
+        split_ones = [e.source for e in detection.experts if e.layout != "fused-transposed"]
+        if split_ones:
+            raise LayoutError(
+                f"{show_some(split_ones)}: is not fused in the source, and --experts fused keeps "
+                "the form of the source; say --experts split"
+            )
+    return form
+
+
+def loaders_of(detection: Detection, form: str, format_name: str) -> tuple[str, ...]:
+    """The runtimes that read the model, its experts in this form, and the number format."""
+    family = detection.family
+    known = split_loaders(family, detection.model_type)
+    if form == "fused":
+        known = family.fused_loaders.get(format_name, ())
+    return tuple(name for name in LOADERS[format_name] if name in known)
+
+
+def loader_warnings(detection: Detection, form: str, format_name: str) -> tuple[str, ...]:
+    """What the user should know before relying on a runtime."""
+    family, model_type = detection.family, show(detection.model_type)
+    found = []
+    if not loaders_of(detection, form, format_name):
+        found.append(
+            f"no runtime is known to load {format_name} of model type {model_type} with {form} "
+            "experts; try the result before you rely on it"
+        )
+    if family.instead:
+        found.append(f"model type {model_type}: {family.instead}")
+    if form == "split" and family.in_transformers and "transformers" not in family.loaders:
+        found.append(
+            f"transformers reads the experts of {model_type} only fused: it would fill them with "
+            "random numbers, and only log that keys are missing"
+        )
+    return tuple(found)
