@@ -349,7 +349,10 @@ FAMILIES: tuple[Family, ...] = (
         name="aria",
         model_types=("aria",),
         split="mlp.experts",
-        forms=(Form("fused-transposed", "mlp.experts", ("fc1.weight", "fc2.weight")),),
+        forms=(
+            Form("fused-transposed", "mlp.experts", ("fc1.weight", "fc2.weight")),
+            Form("fused-transposed", "mlp.experts", GATE_UP_PROJ),
+        ),
         prefixes=(
             ("model.language_model.", "language_model.model."),
             ("model.multi_modal_projector.", "multi_modal_projector."),
