@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .layouts import CHECKS, FAMILIES, LAYOUTS, UNSUPPORTED, Family, split_loaders
+from .layouts import CHECKS, FAMILIES, LAYOUTS, UNSUPPORTED, Family
+from .loaders import split_loaders
 
 __all__ = ["layouts_document", "layouts_lines"]
 

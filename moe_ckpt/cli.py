@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from . import __version__
-from .errors import EnvironmentFaultError, InterruptedConversionError, MoeCkptError, show
+from .errors import EnvironmentFaultError, InterruptedConversionError, MoeCkptError
 
 if TYPE_CHECKING:
-    from .conversion import Result
-    from .plan import OutShard, Plan
+    from .plan import Plan
 
 _SHOWN_PROBLEMS = 20
 
@@ -123,7 +122,8 @@ def convert(
     from pathlib import Path
 
     from .planner import make_plan
-    from .report import plan_document, plan_lines
+    from .progress import Progress
+    from .report import plan_document, plan_lines, result_lines
     from .writer import check_out_dir
 
     check_out_dir(Path(in_dir), Path(out_dir), overwrite=overwrite)
@@ -148,11 +148,11 @@ def convert(
     from .conversion import execute, pick_device
 
     chosen = pick_device(device)
-    with _Progress(plan, quiet) as report:
+    with Progress(plan, _say, quiet=quiet) as report:
         result = execute(plan, out_dir, device=chosen, overwrite=overwrite, progress=report)
         _ignore_signals()  # the output is complete: say so, whatever comes now
     if not quiet:
-        _say(_result_lines(result))
+        _say(result_lines(result))
     if as_json:
         done = {"out_dir": str(result.out_dir), "device": result.device, "seconds": result.seconds}
         _print_json(plan_document(plan) | {"result": done})
@@ -261,57 +261,3 @@ def _say_notes(plan: Plan, quiet: bool) -> None:
 
 def _print_json(document: dict[str, Any]) -> None:
     click.echo(json.dumps(document, indent=2))
-
-
-class _Progress:
-    """A bar in bytes on a terminal, a line for each shard elsewhere."""
-
-    def __init__(self, plan: Plan, quiet: bool) -> None:
-        from tqdm import tqdm
-
-        terminal = sys.stderr is not None and sys.stderr.isatty()
-        self._lines = not terminal and not quiet
-        self._shards = len(plan.shards)
-        self._done = 0
-        self._bar = tqdm(
-            total=plan.read_nbytes,
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1000,
-            desc="converting",
-            disable=quiet or not terminal,
-        )
-
-    def __enter__(self) -> Callable[[int, OutShard | None], None]:
-        return self._report
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def _report(self, nbytes: int, shard: OutShard | None) -> None:
-        with suppress(OSError):  # a terminal that has gone away
-            self._bar.update(nbytes)
-        if shard is not None and self._lines:
-            from .report import size
-
-            self._done += 1
-            _say([f"shard {self._done} of {self._shards}: {shard.name}, {size(shard.nbytes)}"])
-
-
-def _result_lines(result: Result) -> Iterable[str]:
-    from .report import count_of, size
-
-    plan = result.plan
-    copied = sum(count for count, _ in plan.kept.values())
-    yield (
-        f"{plan.quantized_matrices:,} matrices quantized to "
-        f"{plan.format}, {count_of(copied, 'tensor')} copied; {size(plan.source_nbytes)} -> "
-        f"{size(plan.tensors_nbytes)} in {count_of(len(plan.shards), 'shard')}"
-    )
-    kinds = [f"{len(texts)} on {kind}" for kind, texts in plan.warnings_by_kind.items() if texts]
-    yield (
-        f"{result.seconds:.1f} s on {result.device}, "
-        f"{size(plan.read_nbytes / max(result.seconds, 1e-9))}/s; "
-        f"warnings: {', '.join(kinds) or 'none'}"
-    )
-    yield f"written to {show(result.out_dir)}"

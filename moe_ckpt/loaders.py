@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from .dialects import LOADERS
 from .errors import LayoutError, UsageError, show, show_some
-from .layouts import Detection, split_loaders
+from .layouts import Detection, Family
+from .layouts.family import TRANSFORMERS, TRTLLM
 
-__all__ = ["EXPERTS", "form_of_experts", "loader_warnings", "loaders_of"]
+__all__ = ["EXPERTS", "form_of_experts", "loader_warnings", "loaders_of", "split_loaders"]
 
 EXPERTS = ("auto", "split", "fused")
+
+# The model types whose classes TensorRT-LLM has (_torch/models/_arch_index.py) and reads split.
+_IN_TENSORRT_LLM = frozenset(
+    "qwen2_moe qwen3_moe qwen3_next qwen3_5_moe qwen3_5_moe_text qwen3_vl_moe deepseek_v3 "
+    "deepseek_v32 kimi_k2 kimi_k25 kimi_linear glm_moe_dsa glm4_moe afmoe exaone_moe gemma4 "
+    "gemma4_text hunyuan_v1_moe laguna minimax_m2 minimax_m3 minimax_m3_vl mixtral "
+    "nemotron_h".split()
+)
+
+
+def split_loaders(family: Family, model_type: str) -> tuple[str, ...]:
+    """The runtimes that have the model and read its experts one by one."""
+    return (*family.loaders, *([TRTLLM] if model_type in _IN_TENSORRT_LLM else []))
 
 
 def form_of_experts(detection: Detection, wanted: str) -> str:
@@ -68,7 +82,7 @@ def loader_warnings(detection: Detection, form: str, format_name: str) -> tuple[
         )
     if family.instead:
         found.append(f"model type {model_type}: {family.instead}")
-    if form == "split" and family.in_transformers and "transformers" not in family.loaders:
+    if form == "split" and family.in_transformers and TRANSFORMERS not in family.loaders:
         found.append(
             f"transformers reads the experts of {model_type} only fused: it would fill them with "
             "random numbers, and only log that keys are missing"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .dialects import tensor_name
 from .errors import show
@@ -15,7 +15,10 @@ from .plan import Plan
 from .planner import make_plan
 from .schedule import CPU, peak_nbytes
 
-__all__ = ["count_of", "inspect", "plan_document", "plan_lines", "size", "table"]
+if TYPE_CHECKING:
+    from .conversion import Result
+
+__all__ = ["count_of", "inspect", "plan_document", "plan_lines", "result_lines", "size", "table"]
 
 
 def inspect(in_dir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -123,6 +126,24 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         )
     if plan.left_out:
         yield f"Left out  {_list(plan.left_out[:5])}" + (" ..." if len(plan.left_out) > 5 else "")
+
+
+def result_lines(result: Result) -> Iterator[str]:
+    """A finished conversion as lines of text."""
+    plan = result.plan
+    copied = sum(count for count, _ in plan.kept.values())
+    yield (
+        f"{plan.quantized_matrices:,} matrices quantized to "
+        f"{plan.format}, {count_of(copied, 'tensor')} copied; {size(plan.source_nbytes)} -> "
+        f"{size(plan.tensors_nbytes)} in {count_of(len(plan.shards), 'shard')}"
+    )
+    kinds = [f"{len(texts)} on {kind}" for kind, texts in plan.warnings_by_kind.items() if texts]
+    yield (
+        f"{result.seconds:.1f} s on {result.device}, "
+        f"{size(plan.read_nbytes / max(result.seconds, 1e-9))}/s; "
+        f"warnings: {', '.join(kinds) or 'none'}"
+    )
+    yield f"written to {show(result.out_dir)}"
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:

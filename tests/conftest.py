@@ -74,6 +74,7 @@ def write_headers(
 ) -> Path:
     """A checkpoint whose weights are all zero and take no disk: name -> (dtype, shape)."""
     bits = {"BF16": 16, "F16": 16, "F32": 32, "I64": 64, "U8": 8, "F8_E4M3": 8, "BOOL": 8}
+    bits |= {"I8": 8, "I32": 32, "U32": 32, "F8_E8M0": 8}
     folder.mkdir(parents=True, exist_ok=True)
     for file, tensors in shards.items():
         header, end = {}, 0

@@ -7,8 +7,10 @@ import torch
 from conftest import FIXTURES, read_files
 
 import moe_ckpt
+from moe_ckpt.conversion import execute
 from moe_ckpt.formats import FORMATS
 from moe_ckpt.formats.amax import abs_max
+from moe_ckpt.schedule import Budget
 
 pytestmark = [
     pytest.mark.cuda,
@@ -24,6 +26,22 @@ def test_same_files(tmp_path, model, row):
         options["stats"] = [FIXTURES / model / "stats.json"]
     for device in ("cpu", "cuda"):
         moe_ckpt.convert(FIXTURES / model / "source", tmp_path / device, device=device, **options)
+    assert read_files(tmp_path / "cpu") == read_files(tmp_path / "cuda")
+
+
+@pytest.mark.parametrize("model", ["llama4", "gpt_oss"])
+@pytest.mark.parametrize("experts", ["split", "fused"])
+@pytest.mark.parametrize("row", FORMATS, ids=lambda row: row.name)
+@pytest.mark.parametrize("stage_nbytes", [1, 4000, 1 << 20])
+def test_same_files_from_transposed_experts(tmp_path, model, experts, row, stage_nbytes):
+    """Whole slabs and pieces of them, interleaved and not, split and fused."""
+    stats = [FIXTURES / model / "stats.json"] if row.input_scale else []
+    plan = moe_ckpt.make_plan(
+        FIXTURES / model / "source", format=row.name, stats=stats, experts=experts
+    )
+    execute(plan, tmp_path / "cpu", device=torch.device("cpu"))
+    budget = Budget(stage_nbytes, 1 << 12, 2)
+    execute(plan, tmp_path / "cuda", device=torch.device("cuda"), budget=budget)
     assert read_files(tmp_path / "cpu") == read_files(tmp_path / "cuda")
 
 

@@ -10,11 +10,13 @@ from conftest import FIXTURES, read_files, read_json, read_tensors
 import moe_ckpt
 
 MODELS = ("qwen3_moe", "mixtral", "deepseek_v3", "qwen2_moe")
+FUSED = ("llama4", "gpt_oss")  # ModelOpt leaves their experts in one tensor
 HUB = ("qwen3_moe", "mixtral")
 EXACT = [
     *((model, "nvfp4", "linear", "modelopt-nvfp4") for model in MODELS),
     *((model, "nvfp4", "experts", "modelopt-nvfp4-experts") for model in MODELS),
     ("qwen3_moe", "nvfp4-w4a16", "linear", "modelopt-nvfp4-w4a16"),
+    *((model, "nvfp4", "linear", "modelopt-nvfp4") for model in FUSED),
 ]
 
 
@@ -22,7 +24,12 @@ def convert(tmp_path, model, number_format, quantize, *, form="source"):
     stats = [] if number_format == "nvfp4-w4a16" else [FIXTURES / model / "stats.json"]
     out = tmp_path / f"{model}-{form}"
     moe_ckpt.convert(
-        FIXTURES / model / form, out, stats=stats, format=number_format, quantize=quantize
+        FIXTURES / model / form,
+        out,
+        stats=stats,
+        format=number_format,
+        quantize=quantize,
+        experts="fused" if model in FUSED else "split",
     )
     return out
 
@@ -48,7 +55,7 @@ def test_hub_form_gives_the_bytes_of_the_fused_form(tmp_path, model, number_form
         assert (fused / name).read_bytes() == (split / name).read_bytes()
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, *FUSED])
 def test_fp8_tensor_has_modelopts_scales_and_no_larger_error(tmp_path, model):
     ours = read_tensors(convert(tmp_path, model, "fp8-tensor", "linear"))
     theirs = read_tensors(FIXTURES / model / "modelopt-fp8")
@@ -64,7 +71,8 @@ def test_fp8_tensor_has_modelopts_scales_and_no_larger_error(tmp_path, model):
         distance = np.abs(ordinal(ours[name].data) - ordinal(tensor.data))
         assert distance.max() <= 1, name
         steps += int(distance.sum())
-        scale = torch.frombuffer(bytearray(ours[f"{name}_scale"].data), dtype=torch.float32)
+        scale_name = f"{name}_scale" if name.endswith(".weight") else f"{name}_weight_scale"
+        scale = torch.frombuffer(bytearray(ours[scale_name].data), dtype=torch.float32)
         our_error += squared_error(ours[name], scale, source[name])
         their_error += squared_error(tensor, scale, source[name])
     assert steps > 0  # else the comparison of errors below says nothing
@@ -107,7 +115,9 @@ def split_source(model):
         values = torch.frombuffer(bytearray(tensor.data), dtype=torch.bfloat16)
         values = values.view(tensor.shape).float()
         prefix = name.replace(".mlp.", f".{block}.").rpartition(".")[0]
-        if name.endswith("experts.gate_up_proj"):
+        if model in FUSED:
+            found[name] = values
+        elif name.endswith("experts.gate_up_proj"):
             for e, matrix in enumerate(values):
                 (
                     found[f"{prefix}.{e}.{names[0]}.weight"],

@@ -1,12 +1,14 @@
 """Detection on headers that transformers writes for 48 model types, in both of its save modes.
 
 A is the default (the names of the original release), B is `save_original_format=False`. What is
-expected was written from what transformers and the loaders do, not from this package.
+expected of each is in fixtures/layout-expected.toml.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import tomllib
 
 import pytest
 from conftest import FIXTURES, write_headers
@@ -16,31 +18,15 @@ from moe_ckpt.errors import CheckpointError, LayoutError
 from moe_ckpt.layouts.table import FAMILIES, UNSUPPORTED
 
 HEADERS = json.loads((FIXTURES / "layout-headers.json").read_text())
+EXPECTED = tomllib.loads((FIXTURES / "layout-expected.toml").read_text())
 
-SPLIT_AND_FUSED = """
-    mixtral phimoe minimax_m2 lfm2_moe qwen3_moe qwen3_next qwen3_5_moe qwen3_5_moe_text qwen4_exp
-    qwen4_exp_text deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe glm4_moe_lite glm4v_moe exaone_moe
-    cohere2_moe afmoe mellum solar_open dots1 hy_v3 axk1
-""".split()
-FUSED_IN_BOTH = (
-    "qwen3_vl_moe gemma4 diffusion_gemma granitemoehybrid granitemoe_swa mistral4".split()
-)
-ONLY_A = {
-    "glm5_next": "split",
-    "minimax_m3_vl": "split",
-    "kimi_linear": "split",
-    "axk2": "split",
-    "hy_v4": "fused",
-}
-REFUSED = """
-    gpt_oss openai_privacy_filter llama4_text llama4 dbrx ernie4_5_vl_moe step3p7 aria jetmoe
-    nemotron_h inkling_mm_model zaya nllb-moe
-""".split()
-ACCEPTED = {(name, "A"): "split" for name in SPLIT_AND_FUSED}
-ACCEPTED |= {(name, "B"): "fused" for name in SPLIT_AND_FUSED}
-ACCEPTED |= {(name, mode): "fused" for name in FUSED_IN_BOTH for mode in "AB"}
-ACCEPTED |= {(name, "A"): form for name, form in ONLY_A.items()}
-REFUSALS = [(name, mode) for name in REFUSED for mode in "AB"] + [(name, "B") for name in ONLY_A]
+ALL = [(name, mode) for name in HEADERS for mode in "AB"]
+REFUSED = [pair for pair in ALL if EXPECTED[pair[0]][pair[1]].startswith("refused: ")]
+ACCEPTED = [pair for pair in ALL if pair not in REFUSED]
+FUSED = [pair for pair in ACCEPTED if EXPECTED[pair[0]].get("auto", "split") == "fused"]
+SPLIT_IN_A = [
+    name for name, mode in ACCEPTED if mode == "B" and EXPECTED[name]["A"].startswith("split")
+]
 
 
 def checkpoint(tmp_path, name, mode):
@@ -50,35 +36,64 @@ def checkpoint(tmp_path, name, mode):
     )
 
 
-def plan_of(tmp_path, folder, quantize="experts"):
+def plan_of(tmp_path, folder, quantize="experts", experts="split", **options):
     """A plan in a format that takes any size; the models here have I=24."""
     stats = tmp_path / "stats.json"
     stats.write_text('{"schema": "moe-ckpt/stats", "version": 1, "modules": {"none": {}}}')
     return moe_ckpt.make_plan(
-        folder, format="fp8-tensor", stats=[stats], missing_stats="constant", quantize=quantize
+        folder,
+        format="fp8-tensor",
+        stats=[stats],
+        missing_stats="constant",
+        quantize=quantize,
+        experts=experts,
+        **options,
     )
 
 
 def test_every_header_has_an_expectation():
-    expected = set(ACCEPTED) | set(REFUSALS)
-    assert expected == {(name, mode) for name in HEADERS for mode in "AB"}
+    assert EXPECTED.keys() == HEADERS.keys()
 
 
 @pytest.mark.parametrize(("name", "mode"), ACCEPTED)
 @pytest.mark.parametrize("quantize", ["experts", "linear"])
 def test_accepted(tmp_path, name, mode, quantize):
     plan = plan_of(tmp_path, checkpoint(tmp_path, name, mode), quantize)
-    assert {found.layout for found in plan.experts} == {ACCEPTED[name, mode]}
-    assert {(e.num_experts, e.intermediate, e.hidden) for e in plan.experts} == {(8, 24, 64)}
+    layout, _, order = EXPECTED[name][mode].partition(" ")
+    assert {(e.layout, e.order) for e in plan.experts} == {(layout, order or "concat")}
+    sizes = {(e.num_experts, e.intermediate, e.hidden) for e in plan.experts}
+    assert sizes == {(8, 24, 64)} | ({(8, 16, 64)} if name == "ernie4_5_vl_moe" else set())
+    prefix, leaves = EXPECTED[name]["experts"].split(".*.")
+    layer = re.sub(r"(layers|blocks)\.\d+.*", "", prefix)
+    wanted = {
+        f"{prefix}.{e}.{leaf}.weight"
+        for e in range(16 if name == "ernie4_5_vl_moe" else 8)
+        for leaf in leaves.strip("{}").split(",")
+    }
+    names = {tensor.name for shard in plan.shards for tensor in shard.tensors}
+    assert {n for n in names if n.startswith(f"{prefix}.") and n.endswith(".weight")} == wanted
+    assert all(e.output.startswith(layer) for e in plan.experts)
 
 
-@pytest.mark.parametrize(("name", "mode"), REFUSALS)
+@pytest.mark.parametrize(("name", "mode"), REFUSED)
 def test_refused(tmp_path, name, mode):
-    with pytest.raises(LayoutError):
+    word = EXPECTED[name][mode].removeprefix("refused: ")
+    with pytest.raises(LayoutError, match=re.escape(word)):
         plan_of(tmp_path, checkpoint(tmp_path, name, mode))
 
 
-@pytest.mark.parametrize("name", SPLIT_AND_FUSED)
+@pytest.mark.parametrize(("name", "mode"), ACCEPTED)
+def test_auto_writes_what_most_runtimes_read(tmp_path, name, mode):
+    folder = checkpoint(tmp_path, name, mode)
+    wanted = EXPECTED[name].get("auto", "split")
+    if wanted == "refused":
+        with pytest.raises(LayoutError, match=r"no runtime is known .*--experts split"):
+            plan_of(tmp_path, folder, experts="auto")
+    else:
+        assert plan_of(tmp_path, folder, experts="auto").experts_as == wanted
+
+
+@pytest.mark.parametrize("name", SPLIT_IN_A)
 def test_fused_form_gets_the_names_of_the_original_release(tmp_path, name):
     plan = plan_of(tmp_path, checkpoint(tmp_path, name, "B"))
     tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
@@ -89,18 +104,26 @@ def test_fused_form_gets_the_names_of_the_original_release(tmp_path, name):
     assert ours == {key: shape for key, (_, shape) in HEADERS[name]["A"]["header"].items()}
 
 
-@pytest.mark.parametrize(("name", "mode"), ACCEPTED)
-def test_every_source_tensor_goes_one_way(tmp_path, name, mode):
-    plan = plan_of(tmp_path, checkpoint(tmp_path, name, mode), "linear")
-    ranges = []
-    for shard in plan.shards:
-        ranges += [(c.read.offset, c.read.nbytes) for c in shard.copies]
-        ranges += [(r.offset, r.nbytes) for j in shard.jobs for s in j.slabs for r in s.reads]
+@pytest.mark.parametrize(
+    ("name", "mode", "experts"),
+    [*((*pair, "split") for pair in ACCEPTED), *((*pair, "fused") for pair in FUSED)],
+)
+def test_every_source_tensor_goes_one_way(tmp_path, name, mode, experts):
+    """Every byte of the source is read by one job or one copy, and each tensor by one kind."""
+    plan = plan_of(tmp_path, checkpoint(tmp_path, name, mode), "linear", experts)
+    copies = [copy for shard in plan.shards for copy in shard.copies]
+    slabs = [slab for shard in plan.shards for job in shard.jobs for slab in job.slabs]
+    ranges = [(copy.read.offset, copy.read.nbytes) for copy in copies]
+    ranges += [(read.offset, read.nbytes) for slab in slabs for read in slab.reads]
     end = plan.source_shards[0].nbytes - plan.source_nbytes
-    for offset, nbytes in sorted(r for r in ranges if r[1]):
+    for offset, nbytes in sorted(found for found in ranges if found[1]):
         assert offset == end
         end += nbytes
     assert end == plan.source_shards[0].nbytes
+    quantized = {label.partition("[")[0] for slab in slabs for label in slab.labels}
+    copied = {copy.source for copy in copies}
+    assert not quantized & copied
+    assert quantized | copied == HEADERS[name][mode]["header"].keys()
 
 
 def test_no_model_type_is_in_two_rows():
@@ -137,10 +160,10 @@ def split(layer=0):
     return tensors
 
 
-def refusal(tmp_path, tensors, **config):
+def refusal(tmp_path, tensors, options=None, **config):
     folder = write_headers(tmp_path / "in", {"model.safetensors": tensors}, CONFIG | config)
     with pytest.raises(LayoutError) as caught:
-        plan_of(tmp_path, folder)
+        plan_of(tmp_path, folder, **(options or {}))
     return caught.value.problems
 
 
@@ -170,10 +193,14 @@ def test_square_matrices_are_refused_where_both_orientations_exist(tmp_path, i, 
 @pytest.mark.parametrize(
     ("tensors", "config", "words"),
     [
-        (fused(gate_up=(E, H, 2 * I), down=(E, I, H)), {}, ["transposed", "[4, 64, 48]"]),
-        (fused(gate_up=(E, 2 * I, H), down=(E, I, H)), {}, ["neither"]),
+        (
+            fused(gate_up=(E, H, 2 * I), down=(E, I, H)),
+            {},
+            ["these are fused-transposed", "[4, 64, 48]"],
+        ),
+        (fused(gate_up=(E, 2 * I, H), down=(E, I, H)), {}, ["fit no layout"]),
         (fused(gate_up=(E, 2 * I + 1, H)), {}, ["[4, 49, 64]"]),
-        (fused(gate_up=(E + 1, 2 * I, H)), {}, ["5 and 4"]),
+        (fused(gate_up=(E + 1, 2 * I, H)), {}, ["differ: 4, 5"]),
         (fused(), {"num_experts": 8}, ["4 experts", "num_experts=8"]),
         (fused(), {"num_experts": None}, ["4 experts", "nothing"]),
         (fused(), {"moe_intermediate_size": 48}, ["24 rows", "moe_intermediate_size=48"]),
@@ -189,8 +216,8 @@ def test_square_matrices_are_refused_where_both_orientations_exist(tmp_path, i, 
         ),
         (fused(dtype="U8"), {}, ["U8"]),
         (fused(dtype="F8_E4M3"), {}, ["F8_E4M3"]),
-        (fused(gate_up=(E, 2 * I)), {}, ["3-D"]),
-        (fused(gate_up=(0, 2 * I, H), down=(0, H, I)), {}, ["3-D"]),
+        (fused(gate_up=(E, 2 * I)), {}, ["[4, 48] with", "expected [E, 2I, H], [E, H, I]"]),
+        (fused(gate_up=(0, 2 * I, H), down=(0, H, I)), {}, ["[0, 48, 64]"]),
         ({"model.norm.weight": ("BF16", [H])}, {}, ["no routed experts"]),
         (fused(), {"model_type": "new_moe"}, ["new_moe", "qwen3_moe", "[4, 48, 64]"]),
         (fused(), {"model_type": None}, ["''"]),
@@ -215,7 +242,11 @@ def test_square_matrices_are_refused_where_both_orientations_exist(tmp_path, i, 
             {},
             ["[24, 65]"],
         ),
-        (split() | {PREFIX.format(0) + ".1.up_proj.weight": ("BF16", [I, H + 1])}, {}, [".1.up"]),
+        (
+            split() | {PREFIX.format(0) + ".1.up_proj.weight": ("BF16", [I, H + 1])},
+            {},
+            ["experts.1: has", "[24, 65]"],
+        ),
         (split() | {PREFIX.format(0) + ".0.up_proj.bias": ("BF16", [I])}, {}, ["up_proj.bias"]),
         (
             fused(1)

@@ -130,9 +130,9 @@ def modules_with_experts(model):
     found = []
     for name, module in model.named_modules():
         own = {leaf for leaf, _ in module.named_parameters(recurse=False)}
-        if own & {"gate_up_proj", "up_proj"} and "shared" not in name and "encoder" not in name:
-            found.append(module)
-        elif type(module).__name__ in ("DbrxExperts", "JetMoeMoE"):
+        is_routed = "shared" not in name and "encoder" not in name
+        has_weights = own & {"gate_up_proj", "up_proj"} and is_routed
+        if has_weights or type(module).__name__ in ("DbrxExperts", "JetMoeMoE"):
             found.append(module)
     return found
 

@@ -5,27 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import experts
 import pytest
 import torch
 from conftest import FIXTURES, read_files, read_json, read_tensors
-from safetensors.torch import load_file, save_file
+from experts import position_coded, write
+from safetensors.torch import load_file
 
 import moe_ckpt
 from moe_ckpt.conversion import execute
-from moe_ckpt.formats import fp8_tensor, nvfp4
 from moe_ckpt.schedule import Budget
 
 E, I, H = 3, 32, 48
-
-
-def position_coded(expert: int, projection: int, n: int, k: int, dtype) -> torch.Tensor:
-    """[n, k] with values that any other expert, projection, row or column would not give.
-
-    They are exact in bfloat16, and far enough apart to be told from each other in four bits.
-    """
-    rows, columns = torch.arange(n).view(-1, 1), torch.arange(k).view(1, -1)
-    code = (expert * 7919 + projection * 104729 + rows * rows * 31 + columns * 57) % 251
-    return ((code - 125) / 64).to(dtype)
 
 
 def make(folder: Path, *, form="fused", i=I, h=H, dtype=torch.bfloat16, shards=1, layers=2):
@@ -52,17 +43,6 @@ def make(folder: Path, *, form="fused", i=I, h=H, dtype=torch.bfloat16, shards=1
     tensors["model.counter"] = torch.arange(3)
     tensors["model.flag"] = torch.tensor(True)
     tensors["model.none"] = torch.zeros(0, 4, dtype=dtype)
-    folder.mkdir(parents=True)
-    names = sorted(tensors)
-    files = [f"model-{s + 1:05d}-of-{shards:05d}.safetensors" for s in range(shards)]
-    if shards == 1:
-        files = ["model.safetensors"]
-    for s, file in enumerate(files):
-        save_file({name: tensors[name].contiguous() for name in names[s::shards]}, folder / file)
-    if shards > 1:
-        weight_map = {name: files[s] for s in range(shards) for name in names[s::shards]}
-        index = {"metadata": {}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
         "model_type": "qwen3_moe",
         "num_experts": E,
@@ -70,41 +50,18 @@ def make(folder: Path, *, form="fused", i=I, h=H, dtype=torch.bfloat16, shards=1
         "hidden_size": h,
         "num_hidden_layers": layers,
     }
-    (folder / "config.json").write_text(json.dumps(config))
+    write(folder, tensors, config, shards)
     return matrices, tensors
 
 
-def expected_parts(matrices, number_format):
-    """Quantized one by one, straight from the definition of sharing."""
-    codec, suffixes = {
-        "nvfp4": (nvfp4, {"qweight": "", "block_scale": "_scale", "global_scale": "_scale_2"}),
-        "fp8-tensor": (fp8_tensor, {"qweight": "", "global_scale": "_scale"}),
-    }[number_format]
-    found = {}
-    for name, matrix in matrices.items():
-        other = (
-            name.replace("gate_proj", "up_proj")
-            if "gate" in name
-            else name.replace("up_proj", "gate_proj")
-        )
-        amax = torch.stack([matrix.abs().max(), matrices[other].abs().max()]).float().max().view(1)
-        parts = codec.quantize(matrix.contiguous()[None], amax) | codec.weight_scales(amax)
-        found |= {name + suffix: parts[role][0] for role, suffix in suffixes.items()}
-        found[name.replace(".weight", ".input_scale")] = torch.tensor(1.0)
-    return found
-
-
 def check(out: Path, matrices, tensors, number_format="nvfp4"):
-    expected = expected_parts(matrices, number_format)
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    for name, matrix in matrices.items():
+        module, projection, _ = name.rsplit(".", 2)
+        modules.setdefault(module, {})[projection] = matrix
+    expected = experts.expected_parts(modules, number_format)
     expected |= {k: v for k, v in tensors.items() if ".experts." not in k}
-    found: dict[str, torch.Tensor] = {}
-    for path in out.glob("*.safetensors"):
-        found |= load_file(path)
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
-        ours, theirs = (t.contiguous().view(-1).view(torch.uint8) for t in (found[name], tensor))
-        assert torch.equal(ours, theirs), name
+    experts.check(out, expected)
 
 
 @pytest.mark.parametrize("form", ["fused", "split", "mixed"])

@@ -8,18 +8,21 @@ made of sizes that config.json names.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ..dtypes import FLOATS
 from ..errors import LayoutError, Problems, show, show_some
 from ..headers import TensorInfo
-from ..modules import module_of, reason_to_keep, set_aside
-from .container import Container, Experts
+from ..modules import set_aside
+from .container import Container
+from .experts import Experts
 from .family import SPLIT, Family, Form
 from .given import Given, family_of_unknown, orders_of, with_layout
+from .layers import check_layers, refuse_disagreement, stack_of
+from .names import refuse_unrestorable, restore_names
 from .packed import name_of_packing
 from .sizes import model_type_of, num_hidden_layers, sizes_of
 from .table import FAMILIES, UNSUPPORTED, find_family
@@ -31,9 +34,8 @@ _NOT_ROUTED = re.compile(
     r"|\.e_score_correction_bias$"  # laguna keeps it under experts
 )
 _EXPERT = re.compile(r"(^|\.)(local_)?experts?(\.|_\d)")
-_MOE = re.compile(r"experts?|moe")
+_MOE = re.compile(r"experts?|moe|switch_mlp")
 _LORA = re.compile(r"\.lora_\w+(\.|$)")
-_MTP_ONLY = re.compile(r"(^|\.)(eh_proj|enorm|hnorm|shared_head|embed_tokens|\w*mtp\w*)(\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +79,15 @@ def detect(
     sizes = sizes_of(config)
     for contradiction in sizes.contradictions:
         problems.add(LayoutError, contradiction)
-    _refuse_unrestorable(family, tensors, problems)
+    refuse_unrestorable(family, tensors, problems)
 
     num_layers = num_hidden_layers(config)
     containers, unmatched = _group(family, tensors, num_layers)
+    members = [name for container in containers for name in container.names]
+    dtypes = {name: tensors[name].dtype for name in (*members, *unmatched)}
+    is_packed = unmatched or not FLOATS.issuperset(dtypes.values())
+    packing = name_of_packing(dtypes) if is_packed else ""
     if unmatched:
-        dtypes = {name: tensors[name].dtype for name in unmatched}
-        packing = name_of_packing(dtypes)
         problems.add(
             LayoutError,
             f"{show_some(unmatched)}: looks like experts"
@@ -97,19 +101,19 @@ def detect(
         )
     experts: list[Experts] = []
     for container in containers:
-        check = partial(container.check, tensors, family, sizes, orders)
+        check = partial(container.check, tensors, family, sizes, orders, packing)
         experts += problems.catch(check) or []
-    _refuse_disagreement(experts, problems)
+    refuse_disagreement(experts, problems)
     layers = {group.layer for group in containers}
-    stacks = frozenset(map(_stack_of, layers))
+    stacks = frozenset(map(stack_of, layers))
     routed = {(found.num_experts, found.hidden) for found in experts}
-    warnings = _check_layers(tensors, layers, routed, num_layers, problems)
+    warnings = check_layers(tensors, layers, routed, num_layers, problems)
     problems.check()
     return Detection(
         family=family,
         model_type=model_type_of(config),
         experts=tuple(experts),
-        renamed=_restore_names(family, experts, tensors),
+        renamed=restore_names(family, experts, tensors),
         stacks=stacks,
         num_layers=num_layers,
         warnings=warnings,
@@ -152,19 +156,6 @@ def _forms(family: Family) -> str:
     return " or ".join([split, *(form.describe() for form in family.forms)])
 
 
-def _refuse_unrestorable(
-    family: Family, tensors: Mapping[str, TensorInfo], problems: Problems
-) -> None:
-    found = [name for name in tensors if any(part in name for part in family.not_restorable)]
-    if found:
-        problems.add(
-            LayoutError,
-            f"{show_some(found)}: transformers renamed these when it saved the model, and loaders "
-            f"of {family.name} do not read the new names; save it again with "
-            "save_original_format=True",
-        )
-
-
 def _group(
     family: Family, tensors: Mapping[str, TensorInfo], num_layers: int | None
 ) -> tuple[list[Container], list[str]]:
@@ -193,7 +184,7 @@ def _group(
         else:
             if _is_expert(info):
                 unmatched.append(name)
-    stacks = {_stack_of(group.layer) for group in containers.values()}
+    stacks = {stack_of(group.layer) for group in containers.values()}
 
     def routed(name: str) -> bool:
         return set_aside(name, stacks, num_layers) is None
@@ -216,110 +207,3 @@ def _matcher(forms: list[Form], *, expert: bool = False) -> tuple[re.Pattern[str
     leaves = "|".join(map(re.escape, (*form.leaves, *form.biases)))
     path = re.escape(form.path)
     return re.compile(rf"(.+\.[0-9]+)\.({path}){number}\.(?P<leaf>{leaves})"), forms
-
-
-def _stack_of(layer: str) -> str:
-    """``model.layers`` of ``model.layers.3``."""
-    return layer.rpartition(".")[0]
-
-
-def _refuse_disagreement(experts: list[Experts], problems: Problems) -> None:
-    """All layers of one stack must have the same sizes, and each layer its experts once."""
-    layers: dict[str, list[Experts]] = defaultdict(list)
-    for found in experts:
-        layers[found.layer].append(found)
-    first_of: dict[str, tuple[str, list[tuple[int, int, int]]]] = {}
-    reported = set()
-    for layer, groups in layers.items():
-        if len({found.layout for found in groups}) > 1 or len({g.source for g in groups}) > 1:
-            problems.add(LayoutError, f"{show(layer)}: has its experts twice, fused and split")
-            continue
-        stack = _stack_of(layer)
-        sizes = [(found.num_experts, found.intermediate, found.hidden) for found in groups]
-        source, expected = first_of.setdefault(stack, (groups[0].source, sizes))
-        if sizes != expected and stack not in reported:
-            reported.add(stack)
-            problems.add(
-                LayoutError,
-                f"{show(groups[0].source)}: (E, I, H) is {_sizes(sizes)}, {show(source)} has "
-                f"{_sizes(expected)}",
-            )
-
-
-def _sizes(sizes: list[tuple[int, int, int]]) -> str:
-    return " and ".join(map(str, sizes))
-
-
-def _check_layers(
-    tensors: Mapping[str, TensorInfo],
-    with_experts: Set[str],
-    routers: Set[tuple[int, int]],
-    num_layers: int | None,
-    problems: Problems,
-) -> tuple[str, ...]:
-    """Layers that config.json and the tensors do not agree on.
-
-    Refused are a layer with a router (of shape [E, H]) and no experts, and ordinary layers beyond
-    the last one of config.json. Missing layers are a warning: families count them in different
-    ways.
-    """
-    stacks = set(map(_stack_of, with_experts))
-    present: dict[str, set[int]] = defaultdict(set)
-    beyond: dict[str, bool] = {}
-    for name, info in tensors.items():
-        match = re.match(r"((.+?)\.([0-9]{1,9}))\.(.+)", name)
-        if match is None or match[2] not in stacks:
-            continue
-        layer, number = match[1], int(match[3])
-        present[match[2]].add(number)
-        if num_layers is not None and number >= num_layers:
-            beyond[layer] = beyond.get(layer, False) or bool(_MTP_ONLY.search(match[4]))
-        elif (
-            layer not in with_experts
-            and info.shape in routers
-            and reason_to_keep(module_of(name)) == "router"
-        ):
-            problems.add(
-                LayoutError, f"{show(name)}: is a router, but {show(layer)} has no experts"
-            )
-    ordinary = [layer for layer, is_mtp in beyond.items() if not is_mtp]
-    if ordinary:
-        problems.add(
-            LayoutError,
-            f"{show_some(ordinary)}: config.json says num_hidden_layers={num_layers}, and these do "
-            "not look like multi-token prediction (eh_proj, enorm, hnorm)",
-        )
-    return tuple(
-        f"{show(stack)}: {len(missing)} of {num_layers} layers are not in the checkpoint: "
-        f"{show_some(missing)}"
-        for stack, numbers in present.items()
-        if (missing := [n for n in range(min(num_layers or 0, 10_000)) if n not in numbers])
-    )
-
-
-def _restore_names(
-    family: Family, experts: list[Experts], tensors: Mapping[str, TensorInfo]
-) -> dict[str, str]:
-    """New names of tensors that transformers renames, where their old ones are known."""
-    stacks = {_stack_of(found.layer) for found in experts if found.layout != SPLIT}
-    consumed = {name for found in experts for name in found.tensors}
-    renamed: dict[str, str] = {}
-    for name in tensors:
-        if name in consumed:
-            continue
-        new = family.loader_name(_restore_sibling(family, name, stacks))
-        if new != name:
-            renamed[name] = new
-    return renamed
-
-
-def _restore_sibling(family: Family, name: str, stacks: Set[str]) -> str:
-    """The name of a tensor in a layer of a stack with fused experts."""
-    match = re.match(r"((.+?)\.[0-9]+)\.", name) if family.renames else None
-    if match is None or match[2] not in stacks:
-        return name
-    rest = name[match.end() :]
-    for old, new in family.renames:
-        if rest.startswith(old):
-            return f"{match[1]}.{new}{rest.removeprefix(old)}"
-    return name

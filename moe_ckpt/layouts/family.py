@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 __all__ = ["CONCAT", "INTERLEAVED", "LAYOUTS", "ORDERS", "SPLIT", "Family", "Form", "Layout"]
+__all__ += ["SGLANG", "TRANSFORMERS", "TRTLLM", "VLLM"]
 
+VLLM, SGLANG, TRTLLM, TRANSFORMERS = "vLLM", "SGLang", "TensorRT-LLM", "transformers"
 CONCAT, INTERLEAVED = ORDERS = ("concat", "interleaved")
 SPLIT = "split"
 
@@ -114,7 +116,7 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Model types that store their experts alike.
+    """Model types that store their experts alike; what a row leaves out is most families' way.
 
     ``split``: path from the layer to the experts, of the per-expert form, which is the form that
         is written: ``{layer}.{split}.{e}.{projection}.weight``.
@@ -139,19 +141,19 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]
-    split: str
+    split: str = "mlp.experts"
     projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
-    forms: tuple[Form, ...] = ()
+    forms: tuple[Form, ...] = (Form("fused", "mlp.experts", ("gate_up_proj", "down_proj")),)
     widths: int = 1
     renames: tuple[tuple[str, str], ...] = ()
     prefixes: tuple[tuple[str, str], ...] = ()
     not_restorable: tuple[str, ...] = ()
     built_as: tuple[str, ...] = ()
-    loaders: tuple[str, ...] = ()
+    loaders: tuple[str, ...] = (VLLM, SGLANG, TRANSFORMERS)
     fused_loaders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     instead: str = ""
     in_transformers: bool = True
-    checked: str = ""
+    checked: str = "module"
 
     @property
     def is_gated(self) -> bool:

@@ -127,7 +127,9 @@ def family_of_unknown(model_type: str, names: Iterable[str], given: Given) -> Fa
         split=path,
         projections=projections,
         forms=forms,
+        loaders=(),
         in_transformers=False,
+        checked="",
     )
 
 

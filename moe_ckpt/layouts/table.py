@@ -7,26 +7,15 @@ orders of gate and up. So a model type must be in this table, and the shapes mus
 
 from __future__ import annotations
 
-from .family import INTERLEAVED, Family, Form
+from .family import INTERLEAVED, SGLANG, TRANSFORMERS, TRTLLM, VLLM, Family, Form
 
-__all__ = ["CHECKS", "FAMILIES", "UNSUPPORTED", "find_family", "split_loaders"]
+__all__ = ["CHECKS", "FAMILIES", "UNSUPPORTED", "find_family"]
 
-VLLM, SGLANG, TRTLLM, TRANSFORMERS = "vLLM", "SGLang", "TensorRT-LLM", "transformers"
-EVERYWHERE = (VLLM, SGLANG, TRANSFORMERS)
 SERVERS = (VLLM, SGLANG)
-
-# The model types whose classes TensorRT-LLM has (_torch/models/_arch_index.py) and reads split.
-_IN_TENSORRT_LLM = frozenset(
-    "qwen2_moe qwen3_moe qwen3_next qwen3_5_moe qwen3_5_moe_text qwen3_vl_moe deepseek_v3 "
-    "deepseek_v32 kimi_k2 kimi_k25 kimi_linear glm_moe_dsa glm4_moe afmoe exaone_moe gemma4 "
-    "gemma4_text hunyuan_v1_moe laguna minimax_m2 minimax_m3 minimax_m3_vl mixtral "
-    "nemotron_h".split()
-)
 
 CHECKS = {
     "export": "output equals ModelOpt's export, byte for byte",
     "module": "output computes what transformers' experts compute",
-    "headers": "headers that transformers writes",
     "source": "source code of the loaders only",
 }
 
@@ -38,129 +27,89 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="qwen_moe",
         model_types=("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
-        split="mlp.experts",
-        forms=(_MLP,),
-        loaders=EVERYWHERE,
         checked="export",
     ),
     Family(
         name="qwen4_exp",
         model_types=("qwen4_exp", "qwen4_exp_text"),
-        split="mlp.experts",
-        forms=(_MLP,),
         not_restorable=(".ngram_embedding.weight",),
-        loaders=EVERYWHERE,
-        checked="module",
     ),
     Family(
         name="qwen3_omni_moe",
         model_types=("qwen3_omni_moe", "qwen3_omni_moe_thinker"),
-        split="mlp.experts",
+        forms=(),
         not_restorable=("model.language_model.",),
-        loaders=EVERYWHERE,
         checked="source",
     ),
     Family(
         name="qwen3_vl_moe",
         model_types=("qwen3_vl_moe", "qwen3_vl_moe_text"),
-        split="mlp.experts",
         forms=(_MLP, Form("fused-transposed", "mlp.experts", GATE_UP_PROJ)),
         loaders=SERVERS,
-        checked="module",
     ),
     Family(
         name="deepseek",
         model_types=("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm_moe_dsa"),
-        split="mlp.experts",
-        forms=(_MLP,),
-        loaders=EVERYWHERE,
         checked="export",
     ),
     Family(
         name="deepseek_v4",
         model_types=("deepseek_v4",),
+        forms=(),
         split="ffn.experts",
         projections=W1_W3_W2,
         not_restorable=(".mlp.", ".self_attn."),
         instead="runtimes read its NVFP4 experts only beside attention in FP8 blocks",
         checked="source",
+        loaders=(),
     ),
     Family(
         name="kimi_k25",
         model_types=("kimi_k25",),
-        split="mlp.experts",
+        forms=(),
         not_restorable=("model.language_model.",),
-        loaders=EVERYWHERE,
         checked="source",
     ),
-    Family(
-        name="glm4_moe",
-        model_types=("glm4_moe", "glm4_moe_lite", "glm4v_moe"),
-        split="mlp.experts",
-        forms=(_MLP,),
-        loaders=EVERYWHERE,
-        checked="module",
-    ),
+    Family(name="glm4_moe", model_types=("glm4_moe", "glm4_moe_lite", "glm4v_moe")),
     Family(
         name="mlp_experts",
         model_types=("olmoe", "afmoe", "cohere2_moe", "hunyuan_v1_moe", "longcat_flash"),
-        split="mlp.experts",
-        forms=(_MLP,),
-        loaders=EVERYWHERE,
-        checked="module",
     ),
     Family(
         name="ernie4_5_moe",
         model_types=("ernie4_5_moe",),
-        split="mlp.experts",
-        forms=(_MLP,),
         renames=(("mlp.gate.moe_statics.", "mlp.moe_statics."),),
-        loaders=EVERYWHERE,
-        checked="module",
     ),
     Family(
         name="ernie4_5_vl_moe",
         model_types=("ernie4_5_vl_moe",),
-        split="mlp.experts",
+        forms=(),
         widths=2,
         not_restorable=(".text_moe.", ".vision_moe.", "model.language_model."),
         built_as=("mlp.text_experts_gate", "mlp.vision_experts_gate"),
-        loaders=EVERYWHERE,
-        checked="module",
     ),
     Family(
         name="mimo_v2",
         model_types=("mimo_v2", "mimo_v2_flash"),
-        split="mlp.experts",
-        forms=(_MLP,),
         renames=(("self_attn.sinks", "self_attn.attention_sink_bias"),),
-        loaders=EVERYWHERE,
-        checked="module",
     ),
     Family(
         name="laguna",
         model_types=("laguna",),
-        split="mlp.experts",
-        forms=(_MLP,),
         renames=(
             ("mlp.shared_experts.", "mlp.shared_expert."),
             ("mlp.gate.e_score_correction_bias", "mlp.experts.e_score_correction_bias"),
         ),
-        loaders=EVERYWHERE,
-        checked="module",
     ),
     Family(
         name="mlp_experts_transformers",
         model_types=("flex_olmo", "dots1", "mellum", "solar_open"),
-        split="mlp.experts",
-        forms=(_MLP,),
         loaders=(TRANSFORMERS,),
-        checked="module",
     ),
     Family(
         name="remote_code",
         model_types=("bailing_moe", "bailing_moe_v2"),
-        split="mlp.experts",
+        forms=(),
         loaders=SERVERS,
         in_transformers=False,
         checked="source",
@@ -168,74 +117,49 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="exaone_moe",
         model_types=("exaone_moe",),
-        split="mlp.experts",
-        forms=(_MLP,),
         renames=(("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias"),),
-        loaders=EVERYWHERE,
-        checked="module",
     ),
     Family(
         name="hy_v3",
         model_types=("hy_v3",),
-        split="mlp.experts",
-        forms=(_MLP,),
         renames=(
             ("mlp.gate.", "mlp.router.gate."),
             ("mlp.e_score_correction_bias", "mlp.expert_bias"),
             ("mlp.shared_experts.", "mlp.shared_mlp."),
         ),
-        loaders=EVERYWHERE,
-        checked="module",
     ),
     Family(
         name="hy_v4",
         model_types=("hy_v4",),
-        split="mlp.experts",
-        forms=(_MLP,),
         not_restorable=(".attn_hc.", ".ffn_hc.", ".self_attn.sinks", "model.hc_head."),
         loaders=SERVERS,
-        checked="module",
     ),
     Family(
         name="axk1",
         model_types=("axk1",),
-        split="mlp.experts",
-        forms=(_MLP,),
         renames=(("mlp.post_mlp_layernorm.", "post_mlp_layernorm."),),
         loaders=(VLLM, TRANSFORMERS),
-        checked="module",
     ),
     Family(
         name="axk2",
         model_types=("axk2",),
-        split="mlp.experts",
+        forms=(),
         not_restorable=("layernorm.mlp.fc", ".q_gate_proj."),
         loaders=(TRANSFORMERS,),
-        checked="module",
     ),
     Family(
         name="glm5_next",
         model_types=("glm5_next",),
-        split="mlp.experts",
+        forms=(),
         not_restorable=(".attn_hc.", ".ffn_hc.", ".forget_gate."),
-        loaders=EVERYWHERE,
-        checked="module",
     ),
-    Family(
-        name="mistral4",
-        model_types=("mistral4",),
-        split="mlp.experts",
-        forms=(_MLP,),
-        checked="module",
-    ),
+    Family(name="mistral4", model_types=("mistral4",), loaders=()),
     Family(
         name="mixtral",
         model_types=("mixtral", "minimax", "minimax_m2"),
         split="block_sparse_moe.experts",
         projections=W1_W3_W2,
-        forms=(_MLP,),
         renames=(("mlp.", "block_sparse_moe."),),
-        loaders=EVERYWHERE,
         checked="export",
     ),
     Family(
@@ -243,28 +167,23 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("phimoe",),
         split="block_sparse_moe.experts",
         projections=W1_W3_W2,
-        forms=(_MLP,),
         renames=(("mlp.router.", "block_sparse_moe.gate."), ("mlp.", "block_sparse_moe.")),
-        loaders=EVERYWHERE,
-        checked="module",
     ),
     Family(
         name="minimax_m3",
         model_types=("minimax_m3_vl", "minimax_m3"),
+        forms=(),
         split="block_sparse_moe.experts",
         projections=W1_W3_W2,
         not_restorable=("model.language_model.",),
-        loaders=EVERYWHERE,
-        checked="module",
     ),
     Family(
         name="kimi_linear",
         model_types=("kimi_linear",),
+        forms=(),
         split="block_sparse_moe.experts",
         projections=W1_W3_W2,
         not_restorable=(".forget_gate.",),
-        loaders=EVERYWHERE,
-        checked="module",
     ),
     Family(
         name="lfm2_moe",
@@ -272,8 +191,6 @@ FAMILIES: tuple[Family, ...] = (
         split="feed_forward.experts",
         projections=W1_W3_W2,
         forms=(Form("fused", "feed_forward.experts", GATE_UP_PROJ),),
-        loaders=EVERYWHERE,
-        checked="module",
     ),
     Family(
         name="jamba",
@@ -281,7 +198,6 @@ FAMILIES: tuple[Family, ...] = (
         split="feed_forward.experts",
         forms=(Form("fused", "feed_forward.experts", GATE_UP_PROJ),),
         loaders=(VLLM, TRANSFORMERS),
-        checked="module",
     ),
     Family(
         name="nemotron_h",
@@ -290,8 +206,6 @@ FAMILIES: tuple[Family, ...] = (
         projections=("up_proj", "down_proj"),
         forms=(Form("stacked", "mixer.experts", ("up_proj", "down_proj")),),
         prefixes=(("model.", "backbone."),),
-        loaders=EVERYWHERE,
-        checked="module",
     ),
     Family(
         name="llama4",
@@ -315,7 +229,6 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="gpt_oss",
         model_types=("gpt_oss",),
-        split="mlp.experts",
         forms=(
             Form(
                 "fused-transposed",
@@ -329,11 +242,11 @@ FAMILIES: tuple[Family, ...] = (
         instead="SGLang reads it after 0.5.23; vLLM 0.33 and TensorRT-LLM load the codes and drop "
         "their scales without a word",
         checked="export",
+        loaders=(),
     ),
     Family(
         name="openai_privacy_filter",
         model_types=("openai_privacy_filter",),
-        split="mlp.experts",
         forms=(
             Form(
                 "fused-transposed",
@@ -343,12 +256,11 @@ FAMILIES: tuple[Family, ...] = (
             ),
         ),
         instead="vLLM and transformers read it unquantized",
-        checked="module",
+        loaders=(),
     ),
     Family(
         name="aria",
         model_types=("aria",),
-        split="mlp.experts",
         forms=(
             Form("fused-transposed", "mlp.experts", ("fc1.weight", "fc2.weight")),
             Form("fused-transposed", "mlp.experts", GATE_UP_PROJ),
@@ -360,7 +272,7 @@ FAMILIES: tuple[Family, ...] = (
             ("lm_head.", "language_model.lm_head."),
         ),
         instead="vLLM and transformers read fc1 and fc2 of all experts, unquantized",
-        checked="module",
+        loaders=(),
     ),
     Family(
         name="gemma4",
@@ -368,7 +280,6 @@ FAMILIES: tuple[Family, ...] = (
         split="experts",
         forms=(Form("fused", "experts", GATE_UP_PROJ),),
         loaders=SERVERS,
-        checked="module",
     ),
     Family(
         name="diffusion_gemma",
@@ -376,7 +287,6 @@ FAMILIES: tuple[Family, ...] = (
         split="experts",
         forms=(Form("fused", "experts", GATE_UP_PROJ),),
         loaders=(VLLM,),
-        checked="module",
     ),
     Family(
         name="granitemoe",
@@ -388,7 +298,6 @@ FAMILIES: tuple[Family, ...] = (
         ),
         renames=(("block_sparse_moe.router.weight", "block_sparse_moe.router.layer.weight"),),
         loaders=SERVERS,
-        checked="module",
     ),
     Family(
         name="granitemoe_swa",
@@ -396,15 +305,13 @@ FAMILIES: tuple[Family, ...] = (
         split="block_sparse_moe.experts",
         forms=(Form("fused", "block_sparse_moe.experts", GATE_UP_PROJ),),
         loaders=SERVERS,
-        checked="module",
     ),
     Family(
         name="jetmoe",
         model_types=("jetmoe",),
-        split="mlp.experts",
         forms=(Form("fused", "mlp", ("input_linear.weight", "output_linear.weight")),),
         instead="transformers alone has the model, and reads input_linear and output_linear",
-        checked="module",
+        loaders=(),
     ),
     Family(
         name="step3",
@@ -420,7 +327,6 @@ FAMILIES: tuple[Family, ...] = (
         not_restorable=("model.language_model.",),
         loaders=(VLLM,),
         instead="SGLang and TensorRT-LLM read its experts only stacked",
-        checked="module",
     ),
     Family(
         name="dbrx",
@@ -429,20 +335,17 @@ FAMILIES: tuple[Family, ...] = (
         projections=("w1", "v1", "w2"),
         forms=(Form("flat", "ffn.experts.mlp", ("w1", "v1", "w2")),),
         instead="SGLang reads w1, v1 and w2 of all experts, unquantized",
-        checked="module",
+        loaders=(),
     ),
     Family(
         name="zaya",
         model_types=("zaya",),
-        split="mlp.experts",
-        forms=(_MLP,),
         instead="SGLang reads a linear_fc1 and a linear_fc2 for each expert, unquantized",
-        checked="module",
+        loaders=(),
     ),
     Family(
         name="inkling",
         model_types=("inkling_mm_model",),
-        split="mlp.experts",
         forms=(
             Form(
                 "fused",
@@ -454,7 +357,7 @@ FAMILIES: tuple[Family, ...] = (
         ),
         not_restorable=("model.language_model.",),
         instead="runtimes read its own NVFP4 form, w13_weight with scale and scale2",
-        checked="module",
+        loaders=(),
     ),
 )
 
@@ -468,8 +371,3 @@ UNSUPPORTED: dict[str, str] = {
 def find_family(model_type: str) -> Family | None:
     """The row of a model type."""
     return next((family for family in FAMILIES if model_type in family.model_types), None)
-
-
-def split_loaders(family: Family, model_type: str) -> tuple[str, ...]:
-    """The runtimes that have the model and read its experts one by one."""
-    return (*family.loaders, *([TRTLLM] if model_type in _IN_TENSORRT_LLM else []))
