@@ -1,0 +1,37 @@
+"""Add to fixtures/layout-headers.json what transformers writes for a model type.
+
+    python tests/add_headers.py MODEL_TYPE
+
+The model is as tiny as those in tests/test_modules.py; only its config and headers are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from conftest import FIXTURES, read_tensors
+from test_modules import build
+
+
+def headers_of(model_type: str) -> dict[str, object]:
+    model = build(model_type, 24)
+    saved = {}
+    for mode in "AB":
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder, save_original_format=mode == "A")
+            config = json.loads((Path(folder) / "config.json").read_text())
+            tensors = read_tensors(Path(folder))
+            header = {name: [t.dtype, list(t.shape)] for name, t in sorted(tensors.items())}
+        saved[mode] = {"config": config, "header": header}
+    return saved
+
+
+if __name__ == "__main__":
+    path = FIXTURES / "layout-headers.json"
+    (model_type,) = sys.argv[1:]
+    headers = json.loads(path.read_text())
+    headers[model_type] = headers_of(model_type)
+    path.write_text(json.dumps(headers))
