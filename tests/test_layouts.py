@@ -1,4 +1,4 @@
-"""Detection on headers that transformers writes for 48 model types, in both of its save modes.
+"""Detection on headers that transformers writes for many model types, in both of its save modes.
 
 A is the default (the names of the original release), B is `save_original_format=False`. What is
 expected of each is in fixtures/layout-expected.toml.

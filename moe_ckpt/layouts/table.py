@@ -120,6 +120,16 @@ FAMILIES: tuple[Family, ...] = (
         renames=(("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias"),),
     ),
     Family(
+        name="kolibri1",
+        model_types=("kolibri1",),
+        renames=(
+            ("mlp.gate.e_score_correction_bias", "moe.router.expert_bias"),
+            ("post_self_attn_layernorm.", "post_attn_norm."),
+            ("post_mlp_layernorm.", "post_ffn_norm."),
+        ),
+        loaders=(TRANSFORMERS,),
+    ),
+    Family(
         name="hy_v3",
         model_types=("hy_v3",),
         renames=(
