@@ -133,8 +133,14 @@ class Calibration:
                     yield f"{match[1]}.{theirs}{rest.removeprefix(ours)}".rstrip(".")
 
     def _find(self, name: str) -> Amax:
-        self._known.add(name)
-        return self.stats.input_amax.get(name)
+        """The entry of a module under the name that loaders give it, or transformers."""
+        names = [name]
+        for theirs, ours in self.detection.family.prefixes:
+            if name.startswith(ours):
+                names.append(theirs + name.removeprefix(ours))
+        self._known.update(names)
+        entries = (self.stats.input_amax.get(known) for known in names)
+        return next((amax for amax in entries if amax is not None), None)
 
     def _find_number(self, name: str, problems: Problems) -> float | None:
         amax = self._find(name)

@@ -27,7 +27,7 @@ _SET_ASIDE = {
     **dict.fromkeys(
         "visual vision_tower vision_model vision_encoder vision_embed_tokens embed_vision audio "
         "audio_tower audio_encoder audio_model embed_audio multi_modal_projector mm_projector "
-        "patch_merge_mlp resampler_model projector".split(),
+        "patch_merge_mlp resampler_model projector vit_large_projector".split(),
         _TOWER,
     ),
     **dict.fromkeys("talker code2wav code_predictor token2wav".split(), _SPEECH),
@@ -48,7 +48,8 @@ _KEEP: tuple[tuple[str, re.Pattern[str]], ...] = (
 # and one input scale, and loaders fuse some of them and keep only one.
 _SHARED_INPUTS: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = (
     (
-        re.compile(r"(attn|attention)(\.\d+)?$"),  # longcat_flash: self_attn.0 and self_attn.1
+        # longcat_flash has self_attn.0 and self_attn.1; of nemotron_h every layer is a mixer
+        re.compile(r"(attn|attention|mixer)(\.\d+)?$"),
         frozenset(
             "q_proj k_proj v_proj qkv_proj q_a_proj kv_a_proj_with_mqa g_proj gate_proj "
             "linear_gate output_gate b_proj f_a_proj g_a_proj".split()

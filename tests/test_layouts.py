@@ -374,6 +374,7 @@ def test_what_is_no_linear_layer(tmp_path, module):
         ("self_attn", ["q_a_proj", "kv_a_proj_with_mqa"]),
         ("self_attn.0", ["q_a_proj", "kv_a_proj_with_mqa"]),
         ("self_attn", ["q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj"]),
+        ("mixer", ["q_proj", "k_proj", "v_proj"]),
         ("linear_attn", ["in_proj_qkv", "in_proj_z"]),
         ("mlp.shared_expert", ["gate_proj", "up_proj"]),
         ("feed_forward", ["w1", "w3"]),

@@ -291,3 +291,25 @@ def test_names_of_transformers_count_for_the_original_release(tmp_path):
     assert not plan.warnings
     assert expert_amaxes(plan) == (2, 3)
     assert input_amaxes(plan)["model.layers.0.mlp.shared_mlp.up_proj"] == 4
+
+
+def test_names_of_transformers_count_where_it_changes_the_prefix(tmp_path):
+    """Nemotron-H: `model.` in transformers, `backbone.` in the release and in loaders."""
+    prefix = "backbone.layers.0.mixer.experts"
+    tensors = {
+        f"{prefix}.{e}.{name}.weight": ("BF16", shape)
+        for e in range(4)
+        for name, shape in (("up_proj", [32, 64]), ("down_proj", [64, 32]))
+    }
+    config = {"model_type": "nemotron_h", "n_routed_experts": 4}
+    config |= {"moe_intermediate_size": 32, "hidden_size": 64}
+    folder = write_headers(tmp_path / "in", {"model.safetensors": tensors}, config)
+    modules = {
+        f"model.layers.0.mixer.experts.{name}": {"input_amax": amax}
+        for name, amax in (("up_proj", 3.0), ("down_proj", [None, 0.5, 0.25, 0]))
+    }
+    stats = tmp_path / "stats.json"
+    stats.write_text(json.dumps({"schema": "moe-ckpt/stats", "version": 1, "modules": modules}))
+    plan = moe_ckpt.make_plan(folder, stats=[stats])
+    assert [job.input_amax for shard in plan.shards for job in shard.jobs] == [3.0, 0.5]
+    assert plan.stats_covered == plan.quantized_matrices == 8

@@ -185,6 +185,7 @@ FAMILIES: tuple[Family, ...] = (
         forms=(),
         split="block_sparse_moe.experts",
         projections=W1_W3_W2,
+        prefixes=(("model.language_model.", "language_model.model."),),
         not_restorable=("model.language_model.",),
     ),
     Family(
@@ -334,6 +335,8 @@ FAMILIES: tuple[Family, ...] = (
                 ("gate_proj.weight", "up_proj.weight", "down_proj.weight"),
             ),
         ),
+        renames=(("mlp.shared_experts.", "share_expert."),),
+        prefixes=(("model.language_model.", "model."),),
         not_restorable=("model.language_model.",),
         loaders=(VLLM,),
         instead="SGLang and TensorRT-LLM read its experts only stacked",
