@@ -8,6 +8,7 @@ An expert that no token reached therefore gets its layer's value, and is counted
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from .errors import Problems, StatsError, show, show_some
@@ -33,6 +34,9 @@ class Calibration:
         self.constant: list[str] = []
         self._unreached: list[tuple[str, int]] = []
         self._known: set[str] = set()
+        self._in_layer: Counter[str] = Counter()
+        for found in detection.experts:
+            self._in_layer[found.layer] += found.num_experts
 
     def experts_amax(
         self, experts: Experts, projections: tuple[str, ...], problems: Problems
@@ -46,13 +50,14 @@ class Calibration:
         for name in self._fused_names(experts, is_down=projections == experts.projections[-1:]):
             amax = self._find(name)
             if isinstance(amax, tuple):
-                if len(amax) != E:
+                if len(amax) != self._in_layer[experts.layer]:
                     problems.add(
                         StatsError,
-                        f"{self.stats.paths[name]}: has {len(amax)} entries, the layer has {E} "
-                        "experts; use statistics of this model",
+                        f"{self.stats.paths[name]}: has {len(amax)} entries, the layer has "
+                        f"{self._in_layer[experts.layer]} experts; use statistics of this model",
                     )
                     return None
+                amax = amax[experts.first : experts.first + E]
                 known = [largest(pair) for pair in zip(known, amax, strict=True)]
             else:
                 known = [largest((value, amax)) for value in known]

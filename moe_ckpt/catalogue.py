@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .layouts import CHECKS, FAMILIES, LAYOUTS, UNSUPPORTED, Family
+from .layouts import CHECKS, FAMILIES, LAYOUTS, SPLIT, UNSUPPORTED, Family
 from .loaders import split_loaders
 
 __all__ = ["layouts_document", "layouts_lines"]
@@ -32,13 +32,20 @@ def layouts_lines() -> Iterator[str]:
     for layout in LAYOUTS.values():
         yield f"  {layout.name:18}{layout.describe():34}{layout.summary}"
     yield ""
-    yield "Families"
+    yield "Gate and up in one tensor: concat is all rows of gate, then all of up; interleaved is a"
+    yield "row of gate, a row of up, and so on. In fused-transposed they are columns."
+    yield ""
+    yield "Families; the runtimes are those that read the experts under these names, where they"
+    yield "read the number format"
     for family in FAMILIES:
         row = _row(family)
         yield f"  {family.name}: {', '.join(family.model_types)}"
         for form in row["read"]:
             order = f", gate and up {form['gate_up_order']}" if form["gate_up_order"] else ""
-            yield f"    reads    {form['layout']}{order}: {form['tensors']}"
+            biases = ", with biases" if form["biases"] else ""
+            yield f"    reads    {form['layout']}{order}{biases}: {form['tensors']}"
+        if family.widths > 1:
+            yield f"    widths   {family.widths} groups of experts in a layer, each of its own"
         yield f"    writes   {row['written']}"
         for names, loaders in _by_loaders(family):
             yield f"    for      {', '.join(loaders) or 'no runtime known'}{names}"
@@ -58,19 +65,23 @@ def layouts_lines() -> Iterator[str]:
 
 def _row(family: Family) -> dict[str, Any]:
     split = f"{family.split}.E.{{{', '.join(family.projections)}}}.weight"
-    read = [
+    read: list[dict[str, Any]] = [
         {
             "layout": form.layout,
             "gate_up_order": form.order if LAYOUTS[form.layout].joins_gate_up else None,
+            "biases": list(form.biases),
             "tensors": form.describe(),
         }
         for form in family.forms
     ]
+    if family.reads_split:
+        read.append({"layout": SPLIT, "gate_up_order": None, "biases": [], "tensors": split})
     return {
         "family": family.name,
         "model_types": list(family.model_types),
-        "read": [*read, {"layout": "split", "gate_up_order": None, "tensors": split}],
+        "read": read,
         "written": split,
+        "widths": family.widths,
         "loads_in": {name: list(split_loaders(family, name)) for name in family.model_types},
         "fused_loads_in": {name: list(found) for name, found in family.fused_loaders.items()},
         "note": family.instead,

@@ -73,6 +73,11 @@ def open_source(folder: str | os.PathLike[str]) -> Source:
 
 
 def _open_source(root: Path) -> Source:
+    if not (root / CONFIG).exists() and (root / "adapter_config.json").exists():
+        raise CheckpointError(
+            "adapter_config.json: this is a LoRA adapter without its model; merge it into the "
+            "model first"
+        )
     config = parse_object(
         read_regular(root / CONFIG, _JSON_CAP_NBYTES, CheckpointError),
         CONFIG,

@@ -31,7 +31,14 @@ def _named(_context: click.Context, _parameter: click.Parameter, value: str) -> 
 
 
 _in_dir = click.argument("in_dir", metavar="IN", callback=_named)
-_layout_options = (
+_experts_options = (
+    click.option(
+        "--experts",
+        default="auto",
+        show_default=True,
+        help="split: a matrix for each; fused: as ModelOpt fuses Llama 4 and gpt-oss; "
+        "auto: what most runtimes read.",
+    ),
     click.option(
         "--layout",
         metavar="NAME",
@@ -74,15 +81,9 @@ def cli() -> None:
     show_default=True,
     help="experts: routed experts only; linear: every linear layer.",
 )
-@click.option(
-    "--experts",
-    default="auto",
-    show_default=True,
-    help="split: a matrix for each; fused: as ModelOpt fuses Llama 4 and gpt-oss; "
-    "auto: what most runtimes read.",
-)
-@_layout_options[0]
-@_layout_options[1]
+@_experts_options[0]
+@_experts_options[1]
+@_experts_options[2]
 @click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; same bytes."
 )
@@ -160,15 +161,18 @@ def convert(
 
 @cli.command()
 @_in_dir
-@_layout_options[0]
-@_layout_options[1]
+@_experts_options[0]
+@_experts_options[1]
+@_experts_options[2]
 @_json_option
-def inspect(in_dir: str, layout: str | None, gate_up_order: str | None, as_json: bool) -> None:
+def inspect(
+    in_dir: str, experts: str, layout: str | None, gate_up_order: str | None, as_json: bool
+) -> None:
     """Show what is in the checkpoint folder IN, and what a default conversion would do."""
     from .planner import make_plan
     from .report import plan_document, plan_lines
 
-    plan = make_plan(in_dir, layout=layout, gate_up_order=gate_up_order)
+    plan = make_plan(in_dir, experts=experts, layout=layout, gate_up_order=gate_up_order)
     if as_json:
         _print_json(plan_document(plan))
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .dialects import LOADERS
-from .errors import LayoutError, UsageError, show, show_some
+from .errors import LayoutError, show, show_some
 from .layouts import Detection, Family
 from .layouts.family import TRANSFORMERS, TRTLLM
 
@@ -31,11 +31,8 @@ def form_of_experts(detection: Detection, wanted: str) -> str:
     "auto" is what most runtimes read, split if both are read by as many.
 
     Raises:
-        UsageError: ``wanted`` is unknown.
         LayoutError: no runtime reads that form, or the source does not have it.
     """
-    if wanted not in EXPERTS:
-        raise UsageError(f"experts {show(wanted)!r} is unknown; choose {', '.join(EXPERTS)}")
     family, model_type = detection.family, show(detection.model_type)
     form = wanted
     if wanted == "auto":

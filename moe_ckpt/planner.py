@@ -27,8 +27,8 @@ from .errors import (
     show,
 )
 from .formats import QuantFormat, find_format
-from .layouts import Detection, Given, detect
-from .loaders import form_of_experts, loader_warnings, loaders_of
+from .layouts import LAYOUTS, ORDERS, Detection, Given, detect
+from .loaders import EXPERTS, form_of_experts, loader_warnings, loaders_of
 from .packing import CopyUnit, QuantUnit, pack
 from .plan import OutShard, Plan
 from .stats import Stats, read_stats
@@ -78,8 +78,11 @@ def make_plan(
     """
     number_format = find_format(format)
     stats_files = [os.fspath(file) for file in stats]
-    _check_choice("quantize", quantize, QUANTIZE)
-    _check_choice("missing_stats", missing_stats, MISSING_STATS)
+    _check_choice("--quantize", quantize, QUANTIZE)
+    _check_choice("--experts", experts, EXPERTS)
+    _check_choice("--layout", layout, (None, *LAYOUTS))
+    _check_choice("--gate-up-order", gate_up_order, (None, *ORDERS))
+    _check_choice("--missing-stats", missing_stats, MISSING_STATS)
     if number_format.input_scale and not number_format.constant_input_scale and not stats_files:
         raise UsageError(
             f"format {format} has static input scales and needs --stats FILE; without "
@@ -113,9 +116,10 @@ def parse_size(size: str | int) -> int:
     return nbytes
 
 
-def _check_choice(what: str, value: str, known: Sequence[str]) -> None:
+def _check_choice(option: str, value: str | None, known: Sequence[str | None]) -> None:
     if value not in known:
-        raise UsageError(f"{what} {show(value)!r} is unknown; choose {', '.join(known)}")
+        words = ", ".join(word for word in known if word is not None)
+        raise UsageError(f"{option} {show(value)!r} is unknown; choose {words}")
 
 
 def _refuse_quantized(source: Source) -> None:
@@ -123,16 +127,20 @@ def _refuse_quantized(source: Source) -> None:
         for key in ("quantization_config", "compression_config"):
             found = level.get(key)
             if found:
-                method = found.get("quant_method") if isinstance(found, dict) else found
-                raise CheckpointError(
-                    f"config.json: {key} says the weights are quantized already (quant_method "
-                    f"{show(method)}); this version converts BF16, F16 and F32 checkpoints"
-                )
+                raise _quantized(f"config.json: {key}", found)
     if (source.root / "hf_quant_config.json").exists():
-        raise CheckpointError(
-            "hf_quant_config.json: the weights are quantized already; this version converts BF16, "
-            "F16 and F32 checkpoints"
-        )
+        raise _quantized("hf_quant_config.json", {})
+
+
+def _quantized(where: str, found: Any) -> CheckpointError:
+    """What to say of a source that is quantized, with what its configuration calls the format."""
+    keys = ("quant_method", "quant_algo", "format", "weight_block_size", "bits")
+    said = found if isinstance(found, dict) else {"quant_method": found}
+    words = ", ".join(f"{key} {show(said[key])}" for key in keys if said.get(key))
+    return CheckpointError(
+        f"{where} says that the weights are quantized already{f' ({words})' if words else ''}; "
+        "this version converts BF16, F16 and F32: start from the original release"
+    )
 
 
 def _levels(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

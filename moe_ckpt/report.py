@@ -93,7 +93,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield f"Model     {show(plan.model_type)}, family {plan.family}"
     for count, example in _experts_kinds(plan):
         yield (
-            f"Experts   {count} layers x {example.num_experts} experts, {example.layout}, as in "
+            f"Experts   {count} layers x {example.num_experts} experts, {_stored(example)}, as in "
             f"{show(example.source)}"
         )
         yield f"Evidence  {example.evidence}"
@@ -176,6 +176,11 @@ def count_of(number: int, noun: str) -> str:
     ('1 shard', '2,000 tensors')
     """
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def _stored(experts: Experts) -> str:
+    """The layout, and the order of gate and up where it is not the usual one."""
+    return experts.layout + (", gate and up interleaved" if experts.is_interleaved else "")
 
 
 def _outcome(plan: Plan, experts: Experts) -> str:

@@ -30,10 +30,10 @@ def position_coded(expert: int, projection: int, n: int, k: int, dtype) -> torch
 
 
 def matrices_of(count, i, h, dtype=torch.bfloat16, seed=0):
-    """Position-coded gate, up and down of ``count`` experts."""
+    """Position-coded gate, up and down of ``count`` experts, each with an amax of its own."""
     return [
         [
-            position_coded(e + seed, p, *shape, dtype)
+            position_coded(e + seed, p, *shape, dtype) * 2.0 ** (e % 3 - 2)
             for p, shape in enumerate(((i, h), (i, h), (h, i)))
         ]
         for e in range(count)

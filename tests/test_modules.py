@@ -38,7 +38,7 @@ CONFIG = {
     "enable_moe_block": True,
 }
 # In the table for releases that transformers loads with code of theirs, or under another type.
-NOT_BUILT = {"kimi_k2", "mimo_v2", "minimax_m3", "qwen3_vl_moe_text", "step3p5"}
+NOT_BUILT = {"ernie4_5_moe_vl", "kimi_k2", "mimo_v2", "minimax_m3", "qwen3_vl_moe_text", "step3p5"}
 BUILT = [
     model_type
     for family in FAMILIES

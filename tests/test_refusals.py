@@ -213,7 +213,7 @@ def test_an_adapter_is_refused(tmp_path):
             {f"model.layers.0.ffn.experts.mlp.{n}": ("BF16", [128, H]) for n in ("w1", "v1", "w2")},
             "dbrx",
             {"num_experts": [4, 2], "moe_intermediate_size": [32, 64]},
-            ["[128, 64]", "expected [E*I, H]"],
+            ["[128, 64]", "4 * 32 and 2 * 64"],
         ),
         (
             {
@@ -252,7 +252,7 @@ def test_an_adapter_is_refused(tmp_path):
             },
             "ernie4_5_vl_moe",
             {"moe_intermediate_size": [16, 32, 48]},
-            ["experts.8: has matrices [48, 64]", "expert 4 has [32, 64]"],
+            ["12 experts", "2 widths", "[16, 32, 48]"],
         ),
     ],
 )
@@ -302,7 +302,7 @@ def test_an_unknown_model_type_needs_the_users_word(tmp_path, layout):
             {"layout": "stacked"},
             "only model.layers.0.mlp.experts.down_proj is there",
         ),
-        ("fused", "new_moe", {"layout": "flat"}, "does not tell which"),
+        ("fused", "new_moe", {"layout": "flat"}, "known only for families in the table"),
         (
             "split",
             "new_moe",
@@ -311,8 +311,10 @@ def test_an_unknown_model_type_needs_the_users_word(tmp_path, layout):
         ),
         ("fused", "qwen3_moe", {"layout": "fused-transposed"}, "is stored as fused or split"),
         ("fused", "qwen3_moe", {"gate_up_order": "interleaved"}, "stores gate and up concat"),
-        ("fused", "qwen3_moe", {"layout": "split"}, "looks like experts"),
+        ("fused", "qwen3_moe", {"layout": "split"}, "is stored fused; leave the option out"),
         ("fused", "qwen3_vl_moe", {"layout": "fused-transposed"}, "[4, 64, 64]"),
+        ("split", "qwen3_moe", {"layout": "fused"}, "is stored split; leave the option out"),
+        ("split", "qwen3_moe", {"gate_up_order": "concat"}, "is stored split"),
         ("fused", "qwen3_moe", {"experts": "fused"}, "ModelOpt has no fused export"),
     ],
 )
@@ -322,10 +324,137 @@ def test_a_word_that_contradicts_the_evidence_is_refused(
     assert words in refusal(tmp_path, STORED[stored], model_type, options)
 
 
+ERNIE = {"moe_num_experts": [2, 2], "num_experts": None, "moe_intermediate_size": [32, 16]}
+
+
+def ernie(*widths):
+    return {
+        f"{MLP}.{e}.{name}_proj.weight": ("BF16", shape)
+        for e, i in enumerate(widths)
+        for name, shape in (("gate", [i, H]), ("up", [i, H]), ("down", [H, i]))
+    }
+
+
+@pytest.mark.parametrize(
+    ("widths", "config", "words"),
+    [
+        ((32, 32), {}, "has 2 experts"),  # the vision experts are missing
+        ((16, 16), {}, "has 2 experts"),
+        ((16, 16, 32, 32), {}, "has 16 rows of up (I), config.json says 32 for experts 0 to 1"),
+        ((32, 32, 48, 48), {"intermediate_size": 48}, "config.json says 16 for experts 2 to 3"),
+        ((32, 32, 32, 16), {}, "experts.3: has matrices [16, 64]"),
+        ((32, 16, 16, 16), {}, "experts.1: has matrices [16, 64]"),
+        ((32, 32, 16, 16), {"moe_num_experts": [1, 3]}, "experts.2: has matrices"),
+        ((32, 32, 16, 16), {"moe_intermediate_size": 32}, "of 2 widths"),
+    ],
+)
+def test_groups_of_experts_are_those_of_the_config(tmp_path, widths, config, words):
+    assert words in refusal(tmp_path, ernie(*widths), "ernie4_5_moe_vl", **ERNIE | config)
+
+
+@pytest.mark.parametrize("widths", [(32, 32, 16, 16), (32, 32, 32, 32)])
+def test_groups_of_experts_may_have_one_width(tmp_path, widths):
+    config = ERNIE | {"moe_intermediate_size": [widths[0], widths[-1]]}
+    found = plan(tmp_path, ernie(*widths), "ernie4_5_vl_moe", **config).experts
+    assert [(e.first, e.num_experts, e.intermediate) for e in found] == [
+        (0, 2, widths[0]),
+        (2, 2, widths[-1]),
+    ]
+
+
+ARIA = {
+    f"{MLP}.{leaf}": STORED["fused-transposed"][f"{MLP}.{name}"]
+    for leaf, name in (("fc1.weight", "gate_up_proj"), ("fc2.weight", "down_proj"))
+}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        (ARIA | STORED["fused-transposed"], "in two forms"),
+        (dict(list(ARIA.items())[:1] + list(STORED["fused-transposed"].items())[1:]), "only"),
+    ],
+)
+def test_two_names_for_one_layout_do_not_mix(tmp_path, tensors, words):
+    assert words in refusal(tmp_path, tensors, "aria", {"experts": "split"})
+
+
+def test_experts_with_biases_are_not_known_one_by_one(tmp_path):
+    text = refusal(tmp_path, STORED["split"], "gpt_oss")
+    assert "looks like experts" in text
+    assert "E.{" not in text
+
+
+def test_layers_of_both_orientations_are_refused(tmp_path):
+    other = {
+        name.replace("layers.0", "layers.1"): info
+        for name, info in STORED["fused-transposed"].items()
+    }
+    config = {"num_hidden_layers": 2, "hidden_size": 96}
+    sizes = {2 * I: 96}  # H, so that nothing is square
+    both = {
+        name: (dtype, [E, *(sizes.get(n, n) for n in shape[1:])])
+        for name, (dtype, shape) in (STORED["fused"] | other).items()
+    }
+    both[f"{MLP}.gate_up_proj"] = ("BF16", [E, 2 * I, 96])
+    both["model.layers.1.mlp.experts.gate_up_proj"] = ("BF16", [E, 96, 2 * I])
+    text = refusal(tmp_path, both, "qwen3_vl_moe", **config)
+    assert "layers.1.mlp.experts: is stored fused-transposed" in text
+    assert "layers.0.mlp.experts is stored fused" in text
+
+
+def test_an_adapter_without_its_model_is_refused(tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    done = run_cli("inspect", folder)
+    assert done.returncode == 3
+    assert "LoRA adapter without its model; merge it" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+            "format pack-quantized",
+        ),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo NVFP4"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "weight_block_size [128, 128]"),
+    ],
+)
+def test_a_quantized_source_is_named_by_what_its_config_says(tmp_path, said, words):
+    with pytest.raises(moe_ckpt.CheckpointError) as caught:
+        plan(tmp_path, STORED["fused"], "qwen3_moe", quantization_config=said)
+    assert words in str(caught.value)
+    assert "start from the original release" in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["--layout", "--gate-up-order", "--experts"])
+def test_an_unknown_word_is_a_usage_error_whatever_the_input(tmp_path, option):
+    done = run_cli("convert", tmp_path / "nothing", tmp_path / "out", option, "bogus")
+    assert done.returncode == 2
+    assert f"{option} 'bogus' is unknown; choose" in done.stderr
+
+
+def test_inspect_shows_what_auto_refuses(tmp_path):
+    tensors = {
+        f"model.blocks.0.ffn.experts.mlp.{n}": ("BF16", [E * I, H]) for n in ("w1", "v1", "w2")
+    }
+    with pytest.raises(LayoutError, match="SGLang reads w1, v1 and w2"):
+        plan(tmp_path, tensors, "dbrx")
+    done = run_cli("inspect", tmp_path / "in", "--experts", "split")
+    assert done.returncode == 0
+    assert "4 experts, flat, as in model.blocks.0.ffn.experts.mlp" in done.stderr
+
+
 def test_biases_of_an_unknown_model_type_are_refused(tmp_path):
     tensors = STORED["fused"] | {f"{MLP}.gate_up_proj_bias": ("BF16", [E, 2 * I])}
     options = {"layout": "fused", "gate_up_order": "concat"}
-    assert "gate_up_proj_bias" in refusal(tmp_path, tensors, "new_moe", options)
+    text = refusal(tmp_path, tensors, "new_moe", options)
+    assert "gate_up_proj_bias" in text
+    assert "Biases of experts are known only for families in the table" in text
 
 
 @pytest.mark.parametrize(
@@ -424,6 +553,10 @@ def test_layouts_lists_every_family():
     assert row["loads_in"] == {"llama4": ["vLLM", "SGLang"]}
     assert row["fused_loads_in"]["nvfp4"] == ["vLLM", "TensorRT-LLM"]
     assert row["read"][0]["layout"] == "fused-transposed"
+    ernie = next(row for row in table["families"] if row["family"] == "ernie4_5_vl_moe")
+    assert ernie["widths"] == 2
+    assert "interleaved is a" in done.stdout
+    assert "fused-transposed, gate and up interleaved, with biases: mlp.experts" in done.stdout
     assert set(table["checks"]) >= {row["checked"] for row in table["families"]}
 
 

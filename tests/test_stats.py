@@ -313,3 +313,24 @@ def test_names_of_transformers_count_where_it_changes_the_prefix(tmp_path):
     plan = moe_ckpt.make_plan(folder, stats=[stats])
     assert [job.input_amax for shard in plan.shards for job in shard.jobs] == [3.0, 0.5]
     assert plan.stats_covered == plan.quantized_matrices == 8
+
+
+def test_a_list_covers_all_groups_of_experts(tmp_path):
+    """ERNIE-VL: the vision experts are numbered behind the text experts."""
+    prefix = "model.layers.0.mlp.experts"
+    tensors = {
+        f"{prefix}.{e}.{name}_proj.weight": ("BF16", shape)
+        for e, i in enumerate((32, 32, 16, 16))
+        for name, shape in (("gate", [i, 64]), ("up", [i, 64]), ("down", [64, i]))
+    }
+    config = {"model_type": "ernie4_5_vl_moe", "moe_num_experts": 2, "hidden_size": 64}
+    config |= {"moe_intermediate_size": [32, 16], "num_hidden_layers": 1}
+    folder = write_headers(tmp_path / "in", {"model.safetensors": tensors}, config)
+    modules = {f"{prefix}.{name}": [1, 2, None, 4] for name in ("gate_up_proj", "down_proj")}
+    file = stats_file(tmp_path, {name: {"input_amax": amax} for name, amax in modules.items()})
+    plan = moe_ckpt.make_plan(folder, stats=[file])
+    assert [job.input_amax for shard in plan.shards for job in shard.jobs] == [2, 2, 4, 4]
+    modules = {name: amax[:2] for name, amax in modules.items()}
+    file = stats_file(tmp_path, {name: {"input_amax": amax} for name, amax in modules.items()})
+    with pytest.raises(StatsError, match="has 2 entries, the layer has 4 experts"):
+        moe_ckpt.make_plan(folder, stats=[file])

@@ -181,18 +181,32 @@ def test_two_widths_in_one_layer(tmp_path):
     assert "model.layers.0.mlp.text_experts_gate" in plan.files["config.json"]
 
 
-@pytest.mark.parametrize("said", [None, False, True])
-def test_inkling_says_in_its_config_how_gate_and_up_lie(tmp_path, said):
+@pytest.mark.parametrize(
+    ("level", "said", "order"),
+    [
+        ("text", None, None),
+        ("text", True, None),
+        ("text", False, "concat"),
+        ("text", False, "interleaved"),
+        ("top", 0, "concat"),
+    ],
+)
+def test_inkling_may_leave_open_how_gate_and_up_lie(tmp_path, level, said, order):
+    """Its flag says how runtimes lay out rows; what else than true says of the file is unknown."""
     family, form = next((f, o) for f, o in FORMS if f.name == "inkling")
-    order = CONCAT if said is False else form.order
     experts = matrices_of(E, 32, 48)
     prefix = "model.llm.layers.0.mlp.experts"
     names = [f"{prefix}.{leaf}" for leaf in form.leaves]
     text = {"n_routed_experts": E, "moe_intermediate_size": 32, "hidden_size": 48}
-    text |= {} if said is None else {"inference_moe_w13_interleaved": said}
+    flag = {} if said is None else {"inference_moe_w13_interleaved": said}
     config = {"model_type": "inkling_mm_model", "text_config": text}
-    write(tmp_path / "in", dict(zip(names, pack("fused", order, experts), strict=True)), config)
-    moe_ckpt.convert(tmp_path / "in", tmp_path / "out", experts="split")
+    (config if level == "top" else text).update(flag)
+    stored = pack("fused", order or form.order, experts)
+    write(tmp_path / "in", dict(zip(names, stored, strict=True)), config)
+    if order:
+        with pytest.raises(moe_ckpt.LayoutError, match="say --gate-up-order"):
+            moe_ckpt.make_plan(tmp_path / "in", experts="split")
+    moe_ckpt.convert(tmp_path / "in", tmp_path / "out", experts="split", gate_up_order=order)
     matrices = {
         f"{prefix}.{e}": dict(zip(family.projections, projections, strict=True))
         for e, projections in enumerate(experts)

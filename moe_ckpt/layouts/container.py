@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import accumulate, product
 
 from ..dtypes import FLOATS
 from ..errors import LayoutError, show, show_some
 from ..headers import TensorInfo
 from .experts import Experts
 from .family import CONCAT, LAYOUTS, SPLIT, Family, Form
-from .sizes import Sizes
+from .fit import form_of
+from .sizes import Sizes, listed
 
 __all__ = ["Container"]
 
@@ -56,7 +57,7 @@ class Container:
             raise LayoutError(
                 f"{show(self.source)}: experts are stored as {', '.join(sorted(dtypes))}"
                 f"{f' ({packing})' if packing else ''}; expected BF16, F16 or F32 throughout. "
-                "Quantized or packed experts are not supported"
+                "start from the original release"
             )
         if self.forms[0].layout == SPLIT:
             return self._check_split(tensors, family, sizes)
@@ -73,7 +74,7 @@ class Container:
         names = [self.members[-1, p] for p in range(len(leaves)) if (-1, p) in self.members]
         if len(names) < len(leaves):
             raise LayoutError(
-                f"{show(self.source)}: only {show_some(names)} is there; experts need "
+                f"{show(self.source)}: only {show_some(self.names)} is there; experts need "
                 f"{self.forms[0].describe()}"
             )
         infos = [tensors[name] for name in names]
@@ -82,51 +83,14 @@ class Container:
             f"{list(info.shape)}"
             for i, info in enumerate(infos)
         )
-        form, found = self._form_of(infos, family, sizes, shapes)
-        E, I, H = found["E"], found["I"], found["H"]
+        stored = [info.shape for info in infos]
+        form, E, I, H = form_of(stored, self.forms, family, sizes, shapes)
         experts = self._experts(
             family, form.layout, tuple(names[:-1]), (names[-1],), 0, E, I, H, shapes, sizes
         )
         biases = self._check_biases(form, tensors, experts)
         joins = LAYOUTS[form.layout].joins_gate_up
         return replace(experts, biases=biases, order=order[form] if joins else CONCAT)
-
-    def _form_of(
-        self, infos: list[TensorInfo], family: Family, sizes: Sizes, shapes: str
-    ) -> tuple[Form, dict[str, int]]:
-        """The one form whose shapes these are, and the sizes."""
-        stored = [info.shape for info in infos]
-        fits = [
-            (form, found)
-            for form in self.forms
-            if (found := _solve(form.layout, stored, sizes)) is not None
-        ]
-        expected = " or ".join(
-            LAYOUTS[form.layout].describe(family.is_gated) for form in self.forms
-        )
-        if len(self.forms) > 1 and fits and any(len(set(shape[-2:])) == 1 for shape in stored):
-            names = " or ".join(f"--layout {form.layout}" for form in self.forms)
-            raise LayoutError(
-                f"{shapes}: one of them is square, and {family.name} files exist in both "
-                f"orientations; the shapes cannot tell which this is. If you know it, say {names}"
-            )
-        if len(fits) == 1:
-            return fits[0]
-        counts = {shape[0] for shape in stored}
-        if len(counts) > 1 and all(len(shape) == 3 for shape in stored):
-            raise LayoutError(
-                f"{shapes}: the numbers of experts differ: {', '.join(map(str, sorted(counts)))}"
-            )
-        others = [
-            layout.name
-            for layout in LAYOUTS.values()
-            if len(layout.shapes) >= len(stored) and layout.solve(stored) is not None
-        ]
-        raise LayoutError(
-            f"{shapes}: expected {expected}; "
-            f"{f'these are {others[0]}' if others else 'these fit no layout'}, and files of family "
-            f"{family.name} are not"
-        )
 
     def _check_biases(
         self, form: Form, tensors: Mapping[str, TensorInfo], experts: Experts
@@ -159,30 +123,48 @@ class Container:
                 f"{_PROJECTIONS[-count:][p]} of expert {e}"
             )
         shapes = [tuple(tensors[self.members[e, p]].shape for p in range(count)) for e in range(E)]
-        starts = [0, *(e for e in range(1, E) if shapes[e] != shapes[e - 1])]
-        if len(starts) > family.widths:
-            e = starts[family.widths]
-            raise LayoutError(
-                f"{show(self.source)}.{e}: has matrices {_text(shapes[e])}, expert "
-                f"{starts[family.widths - 1]} has {_text(shapes[starts[family.widths - 1]])}"
-            )
-        found = []
-        for start, stop in zip(starts, [*starts[1:], E], strict=True):
+        found: list[Experts] = []
+        start = 0
+        for stop in self._group_ends(E, family, sizes):
             text = f"{show(self.source)}.{start} {_text(shapes[start])}"
             solved = LAYOUTS[SPLIT].solve(shapes[start])
             if solved is None:
                 expected = LAYOUTS[SPLIT].describe(family.is_gated)
                 raise LayoutError(f"{text}: expected {expected}")
-            tensors_of = [
+            for e in range(start, stop):
+                if shapes[e] != shapes[start]:
+                    raise LayoutError(
+                        f"{show(self.source)}.{e}: has matrices {_text(shapes[e])}, expert "
+                        f"{start} has {_text(shapes[start])}"
+                    )
+            gate_up, down = (
                 tuple(self.members[e, p] for e in range(start, stop) for p in positions)
                 for positions in (range(count - 1), (count - 1,))
-            ]
-            gate_up, down = tensors_of
-            E_here, I, H = stop - start, solved["I"], solved["H"]
-            found.append(
-                self._experts(family, SPLIT, gate_up, down, start, E_here, I, H, text, sizes)
             )
+            count_here, I, H = stop - start, solved["I"], solved["H"]
+            if family.widths > 1 and sizes.widths[len(found)] != I:
+                raise LayoutError(
+                    f"{text}: has {I} rows of up (I), config.json says "
+                    f"{sizes.widths[len(found)]} for experts {start} to {stop - 1}"
+                )
+            found.append(
+                self._experts(family, SPLIT, gate_up, down, start, count_here, I, H, text, sizes)
+            )
+            start = stop
         return found
+
+    def _group_ends(self, E: int, family: Family, sizes: Sizes) -> list[int]:
+        """Where each group of experts of one width ends."""
+        if family.widths == 1:
+            return [E]
+        counts = sizes.counts * (family.widths // max(len(sizes.counts), 1))
+        if len(counts) != family.widths or len(sizes.widths) != family.widths or sum(counts) != E:
+            raise LayoutError(
+                f"{show(self.source)}: has {E} experts; family {family.name} has groups of "
+                f"{family.widths} widths, config.json says {list(counts)} experts of widths "
+                f"{list(sizes.widths)}"
+            )
+        return list(accumulate(counts))
 
     def _experts(
         self,
@@ -203,9 +185,9 @@ class Container:
             ("columns of up (H)", H, sizes.hidden),
         ):
             if value not in known:
-                listed = ", ".join(f"{key}={number}" for number, key in known.items()) or "nothing"
                 raise LayoutError(
-                    f"{show(self.source)}: {shapes} has {value} {what}, config.json says {listed}"
+                    f"{show(self.source)}: {shapes} has {value} {what}, config.json says "
+                    f"{listed(known)}"
                 )
         return Experts(
             layer=self.layer,
@@ -226,18 +208,6 @@ class Container:
                 f"H={H} ({sizes.hidden[H]})"
             ),
         )
-
-
-def _solve(layout: str, shapes: Sequence[tuple[int, ...]], sizes: Sizes) -> dict[str, int] | None:
-    """E, I and H of these shapes; a flat layout gives only E*I, and config.json the factors."""
-    found = LAYOUTS[layout].solve(shapes)
-    if found is None or "E*I" not in found:
-        return found
-    rows = found["E*I"]
-    pairs = [(E, I) for E, I in product(sizes.experts, sizes.intermediate) if rows == E * I]
-    if len(pairs) != 1:
-        return None
-    return {"E": pairs[0][0], "I": pairs[0][1], "H": found["H"]}
 
 
 def _text(shapes: Sequence[tuple[int, ...]]) -> str:

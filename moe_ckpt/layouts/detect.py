@@ -8,6 +8,7 @@ made of sizes that config.json names.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,11 +21,11 @@ from ..modules import set_aside
 from .container import Container
 from .experts import Experts
 from .family import SPLIT, Family, Form
-from .given import Given, family_of_unknown, orders_of, with_layout
+from .given import Given, family_of_unknown, orders_of, refuse_contradictions, with_layout
 from .layers import check_layers, refuse_disagreement, stack_of
 from .names import refuse_unrestorable, restore_names
 from .packed import name_of_packing
-from .sizes import model_type_of, num_hidden_layers, sizes_of
+from .sizes import Sizes, model_type_of, num_hidden_layers, sizes_of
 from .table import FAMILIES, UNSUPPORTED, find_family
 
 __all__ = ["Detection", "detect"]
@@ -64,11 +65,9 @@ def detect(
     ``given`` is what the user says where headers and table leave it open.
 
     Raises:
-        UsageError: ``given`` has unknown words.
         LayoutError: with every problem found.
     """
     given = given or Given()
-    given.check()
     problems = Problems()
     lora = [name for name in tensors if _LORA.search(name)]
     if lora:
@@ -82,7 +81,7 @@ def detect(
     refuse_unrestorable(family, tensors, problems)
 
     num_layers = num_hidden_layers(config)
-    containers, unmatched = _group(family, tensors, num_layers)
+    containers, unmatched = _group(family, tensors, sizes, num_layers)
     members = [name for container in containers for name in container.names]
     dtypes = {name: tensors[name].dtype for name in (*members, *unmatched)}
     is_packed = unmatched or not FLOATS.issuperset(dtypes.values())
@@ -92,7 +91,8 @@ def detect(
             LayoutError,
             f"{show_some(unmatched)}: looks like experts"
             f"{f' packed as {packing}' if packing else ''}, and family {family.name} stores them "
-            f"as {_forms(family)}; it cannot be converted",
+            f"as {_forms(family)}; it cannot be converted"
+            f"{_bias_of_unknown(unmatched, given)}",
         )
     if not containers and not unmatched:
         problems.add(
@@ -103,6 +103,10 @@ def detect(
     for container in containers:
         check = partial(container.check, tensors, family, sizes, orders, packing)
         experts += problems.catch(check) or []
+    problems.catch(lambda: refuse_contradictions(experts, given))
+    for layer, count in Counter(container.layer for container in containers).items():
+        if count > 1:
+            problems.add(LayoutError, f"{show(layer)}: has its experts in two forms")
     refuse_disagreement(experts, problems)
     layers = {group.layer for group in containers}
     stacks = frozenset(map(stack_of, layers))
@@ -151,21 +155,38 @@ def _is_expert(info: TensorInfo) -> bool:
     return bool(stacked or _EXPERT.search(info.name)) and not _NOT_ROUTED.search(info.name)
 
 
+def _is_stack(info: TensorInfo, sizes: Sizes) -> bool:
+    """Whether a tensor has the shape of experts, whatever its name."""
+    if len(info.shape) != 3 or info.shape[0] not in sizes.experts:
+        return False
+    I = {*sizes.intermediate, *(2 * size for size in sizes.intermediate)}
+    a, b = info.shape[1:]
+    fits = (a in I and b in sizes.hidden) or (a in sizes.hidden and b in I)
+    return fits and not _NOT_ROUTED.search(info.name)
+
+
 def _forms(family: Family) -> str:
     split = f"{family.split}.E.{{{', '.join(family.projections)}}}.weight"
-    return " or ".join([split, *(form.describe() for form in family.forms)])
+    forms = [form.describe() for form in family.forms]
+    return " or ".join([split, *forms] if family.reads_split else forms)
+
+
+def _bias_of_unknown(names: list[str], given: Given) -> str:
+    if given.layout and any(name.endswith("bias") for name in names):
+        return ". Biases of experts are known only for families in the table"
+    return ""
 
 
 def _group(
-    family: Family, tensors: Mapping[str, TensorInfo], num_layers: int | None
+    family: Family, tensors: Mapping[str, TensorInfo], sizes: Sizes, num_layers: int | None
 ) -> tuple[list[Container], list[str]]:
     """Containers by layer, and names that look like experts but are not the family's."""
     names = dict.fromkeys((form.path, form.leaves) for form in family.forms)
     matchers = [
-        _matcher([_split_form(family)], expert=True),
+        *([_matcher([_split_form(family)], expert=True)] if family.reads_split else []),
         *(_matcher([f for f in family.forms if (f.path, f.leaves) == these]) for these in names),
     ]
-    containers: dict[tuple[str, str], Container] = {}
+    containers: dict[tuple[str, tuple[str, ...]], Container] = {}
     unmatched: list[str] = []
     for name, info in tensors.items():
         for pattern, forms in matchers:
@@ -173,7 +194,7 @@ def _group(
             if match is None:
                 continue
             form, layer, source = forms[0], match[1], f"{match[1]}.{match[2]}"
-            key = (source, form.layout)
+            key = (source, form.leaves)
             group = containers.setdefault(key, Container(layer, source, forms))
             if match["leaf"] in form.leaves:
                 expert = int(match[3] or -1)
@@ -182,7 +203,7 @@ def _group(
                 group.biases[form.biases.index(match["leaf"])] = name
             break
         else:
-            if _is_expert(info):
+            if _is_expert(info) or _is_stack(info, sizes):
                 unmatched.append(name)
     stacks = {stack_of(group.layer) for group in containers.values()}
 

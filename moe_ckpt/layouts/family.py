@@ -98,7 +98,7 @@ class Form:
 
     ``leaves``: of gate_up and down, or of gate, up and down; without a gate, of up and down.
     ``order``: how gate and up lie in one tensor.
-    ``order_flag``: key of the config that says false where the order is concat after all.
+    ``order_flag``: key of the config that must be true, or not there, for the order to be known.
     ``biases``: leaves of the biases of gate_up and down.
     """
 
@@ -161,9 +161,15 @@ class Family:
         return len(self.projections) == 3
 
     @property
+    def reads_split(self) -> bool:
+        """Whether experts are known one by one: where they have biases, they are not."""
+        return not any(form.biases for form in self.forms)
+
+    @property
     def layouts(self) -> tuple[str, ...]:
         """The layouts that can be read, the split one last."""
-        return (*dict.fromkeys(form.layout for form in self.forms), SPLIT)
+        fused = dict.fromkeys(form.layout for form in self.forms)
+        return (*fused, *([SPLIT] if self.reads_split else []))
 
     def loader_name(self, name: str) -> str:
         """The name that loaders give to a tensor or module whose prefix transformers changes."""

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import LayoutError, UsageError, show, show_some
+from ..errors import LayoutError, show, show_some
+from .experts import Experts
 from .family import CONCAT, LAYOUTS, ORDERS, SPLIT, Family, Form
 
-__all__ = ["Given", "family_of_unknown", "orders_of", "with_layout"]
+__all__ = ["Given", "family_of_unknown", "orders_of", "refuse_contradictions", "with_layout"]
 
 # Leaves of experts in model types that the table does not have.
 _LEAVES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -35,22 +36,13 @@ class Given:
     layout: str | None = None
     order: str | None = None
 
-    def check(self) -> None:
-        """Raise `UsageError` for a word that is not known."""
-        for option, value, known in (
-            ("--layout", self.layout, tuple(LAYOUTS)),
-            ("--gate-up-order", self.order, ORDERS),
-        ):
-            if value is not None and value not in known:
-                raise UsageError(f"{option} {show(value)!r} is unknown; choose {', '.join(known)}")
-
 
 def with_layout(family: Family, given: Given) -> Family:
     """The family with only the forms that the user allows."""
-    if given.layout is None:
+    if given.layout in (None, SPLIT):
         return family
     forms = tuple(form for form in family.forms if form.layout == given.layout)
-    if not forms and given.layout != SPLIT:
+    if not forms:
         raise LayoutError(
             f"--layout {given.layout}: family {family.name} is stored as "
             f"{' or '.join(family.layouts)}; leave the option out"
@@ -62,21 +54,37 @@ def orders_of(family: Family, config: Mapping[str, Any], given: Given) -> dict[F
     """How gate and up lie in each form of a family that the table has."""
     orders = {}
     for form in family.forms:
-        order = form.order
-        if form.order_flag and _flag(config, form.order_flag) is False:
-            order = CONCAT
-        orders[form] = order
-        if given.order not in (None, order) and LAYOUTS[form.layout].joins_gate_up:
+        if form.order_flag and (wrong := _not_true(config, form.order_flag)):
+            if given.order is None:
+                raise LayoutError(
+                    f"config.json: {wrong}, where true means that rows of gate and up are "
+                    f"{form.order}; what else it means for the file is not known. If you know, "
+                    f"say --gate-up-order {' or '.join(ORDERS)}"
+                )
+            orders[form] = given.order
+            continue
+        orders[form] = form.order
+        if given.order not in (None, form.order) and LAYOUTS[form.layout].joins_gate_up:
             raise LayoutError(
                 f"--gate-up-order {given.order}: family {family.name} stores gate and up "
-                f"{order} in {form.describe()}; leave the option out"
+                f"{form.order} in {form.describe()}; leave the option out"
             )
-    if given.order and not any(LAYOUTS[form.layout].joins_gate_up for form in family.forms):
-        raise LayoutError(
-            f"--gate-up-order {given.order}: family {family.name} does not store gate and up in "
-            "one tensor; leave the option out"
-        )
     return orders
+
+
+def refuse_contradictions(experts: Iterable[Experts], given: Given) -> None:
+    """Refuse what the user says if the experts that were found say otherwise."""
+    for found in experts:
+        if given.layout not in (None, found.layout):
+            raise LayoutError(
+                f"--layout {given.layout}: {show(found.source)} is stored {found.layout}; leave "
+                "the option out"
+            )
+        if given.order is not None and not LAYOUTS[found.layout].joins_gate_up:
+            raise LayoutError(
+                f"--gate-up-order {given.order}: {show(found.source)} is stored {found.layout}, "
+                "which does not have gate and up in one tensor; leave the option out"
+            )
 
 
 def family_of_unknown(model_type: str, names: Iterable[str], given: Given) -> Family:
@@ -86,6 +94,11 @@ def family_of_unknown(model_type: str, names: Iterable[str], given: Given) -> Fa
         LayoutError: the user said too little, or the names are none that are known.
     """
     assert given.layout is not None
+    if given.layout not in _LEAVES:
+        raise LayoutError(
+            f"--layout {given.layout}: is known only for families in the table, and model_type "
+            f"{show(model_type)!r} is not in it"
+        )
     joins = LAYOUTS[given.layout].joins_gate_up
     if joins and given.order is None:
         raise LayoutError(
@@ -100,7 +113,7 @@ def family_of_unknown(model_type: str, names: Iterable[str], given: Given) -> Fa
     expert = r"\.[0-9]+" if given.layout == SPLIT else ""
     suffix = r"\.weight" if given.layout == SPLIT else ""
     found: dict[tuple[str, tuple[str, ...]], str] = {}
-    for leaves in _LEAVES.get(given.layout, ()):
+    for leaves in _LEAVES[given.layout]:
         any_leaf = "|".join(map(re.escape, leaves))
         pattern = re.compile(
             rf"(.*?)\.[0-9]+\.([A-Za-z_.]*(?:experts|moe)){expert}\.(?:{any_leaf}){suffix}"
@@ -110,7 +123,7 @@ def family_of_unknown(model_type: str, names: Iterable[str], given: Given) -> Fa
             if match and "shared" not in match[2]:
                 found.setdefault((match[2], leaves), name)
     if len(found) != 1:
-        known = " or ".join("/".join(leaves) for leaves in _LEAVES.get(given.layout, ()))
+        known = " or ".join("/".join(leaves) for leaves in _LEAVES[given.layout])
         raise LayoutError(
             f"model_type {show(model_type)!r} is not in the table of families, and --layout "
             f"{given.layout} does not tell which tensors are experts: "
@@ -133,10 +146,10 @@ def family_of_unknown(model_type: str, names: Iterable[str], given: Given) -> Fa
     )
 
 
-def _flag(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a key at the top of a config or in its text model."""
+def _not_true(config: Mapping[str, Any], key: str) -> str:
+    """The first mention of a key that is not true, in a config or its text model; '' if none."""
     text = config.get("text_config")
-    for level in (config, text if isinstance(text, dict) else {}):
-        if key in level:
-            return level[key]
-    return None
+    for path, level in (("", config), ("text_config.", text if isinstance(text, dict) else {})):
+        if key in level and level[key] is not True:
+            return f"{path}{key} is {show(level[key])}"
+    return ""

@@ -10,6 +10,7 @@ from ..errors import LayoutError, Problems, show, show_some
 from ..headers import TensorInfo
 from ..modules import module_of, reason_to_keep
 from .experts import Experts
+from .family import SPLIT
 
 __all__ = ["check_layers", "refuse_disagreement", "stack_of"]
 
@@ -22,25 +23,33 @@ def stack_of(layer: str) -> str:
 
 
 def refuse_disagreement(experts: list[Experts], problems: Problems) -> None:
-    """All layers of one stack must have the same sizes, and each layer its experts once."""
+    """All layers of one stack must have the same sizes, and those that are fused one layout."""
     layers: dict[str, list[Experts]] = defaultdict(list)
     for found in experts:
         layers[found.layer].append(found)
     first_of: dict[str, tuple[str, list[tuple[int, int, int]]]] = {}
+    fused_of: dict[str, Experts] = {}
     reported = set()
     for layer, groups in layers.items():
-        if len({found.layout for found in groups}) > 1 or len({g.source for g in groups}) > 1:
-            problems.add(LayoutError, f"{show(layer)}: has its experts twice, fused and split")
-            continue
-        stack = stack_of(layer)
+        stack, one = stack_of(layer), groups[0]
         sizes = [(found.num_experts, found.intermediate, found.hidden) for found in groups]
-        source, expected = first_of.setdefault(stack, (groups[0].source, sizes))
+        source, expected = first_of.setdefault(stack, (one.source, sizes))
         if sizes != expected and stack not in reported:
             reported.add(stack)
             problems.add(
                 LayoutError,
-                f"{show(groups[0].source)}: (E, I, H) is {_sizes(sizes)}, {show(source)} has "
+                f"{show(one.source)}: (E, I, H) is {_sizes(sizes)}, {show(source)} has "
                 f"{_sizes(expected)}",
+            )
+        if one.layout == SPLIT:
+            continue
+        first = fused_of.setdefault(stack, one)
+        if one.layout != first.layout and stack not in reported:
+            reported.add(stack)
+            problems.add(
+                LayoutError,
+                f"{show(one.source)}: is stored {one.layout}, {show(first.source)} is stored "
+                f"{first.layout}",
             )
 
 

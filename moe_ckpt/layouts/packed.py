@@ -12,6 +12,7 @@ _PACKINGS: tuple[tuple[str, str, str], ...] = (
     ("_blocks", "U8", "MXFP4, as gpt-oss is released"),
     (".absmax", "", "bitsandbytes"),
     (".quant_map", "", "bitsandbytes"),
+    (".SCB", "", "bitsandbytes"),
     (".g_idx", "", "GPTQ"),
     (".qzeros", "", "AWQ or GPTQ"),
     (".qweight", "I32", "AWQ or GPTQ"),

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Sizes", "model_type_of", "num_hidden_layers", "sizes_of"]
+__all__ = ["Sizes", "listed", "model_type_of", "num_hidden_layers", "sizes_of"]
 
 # The key for one thing varies by family, and transformers 5 re-saves it under another name
 # (qwen3_moe: num_experts becomes num_local_experts), so every known key counts.
 EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-INTERMEDIATE_KEYS = (
-    *("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size", "intermediate_size"),
-)
+INTERMEDIATE_KEYS = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size")
+# The experts' width only where none of the above is named; else that of dense layers.
+DENSE_KEYS = ("intermediate_size",)
 HIDDEN_KEYS = ("hidden_size", "d_model", "moe_latent_size")
 LAYERS_KEYS = ("num_hidden_layers", "n_layers")
 
@@ -26,37 +26,67 @@ _OTHER_SUBTREES = (
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Values a config names, each with the key that names it."""
+    """Values a config names, each with the key that names it.
+
+    ``counts`` and ``widths`` are the experts and I of each group of a layer, in the order of the
+    config's lists; one number where it is not a list.
+    """
 
     experts: Mapping[int, str]
     intermediate: Mapping[int, str]
     hidden: Mapping[int, str]
+    counts: tuple[int, ...]
+    widths: tuple[int, ...]
     contradictions: tuple[str, ...]
+
+
+def listed(known: Mapping[int, str]) -> str:
+    """Values with their keys as text.
+
+    >>> listed({8: "num_experts", 9: "text_config.num_experts"}), listed({})
+    ('num_experts=8, text_config.num_experts=9', 'nothing')
+    """
+    return ", ".join(f"{key}={number}" for number, key in known.items()) or "nothing"
 
 
 def sizes_of(config: Mapping[str, Any]) -> Sizes:
     """Collect expert counts and sizes from a config and its text sub-configs."""
-    experts: dict[int, str] = {}
-    intermediate: dict[int, str] = {}
-    hidden: dict[int, str] = {}
-    counts: dict[str, str] = {}
-    for path, level in _levels(config, ""):
-        for keys, found in (
-            (EXPERTS_KEYS, experts),
-            (INTERMEDIATE_KEYS, intermediate),
-            (HIDDEN_KEYS, hidden),
-        ):
-            for key in keys:
-                for value in _integers(level.get(key)):
-                    found.setdefault(value, path + key)
-        for key in EXPERTS_KEYS:
-            if _integers(level.get(key)):
-                counts[path + key] = str(level[key])
+    levels = list(_levels(config, ""))
+    experts, intermediate, dense, hidden = (
+        _values(levels, keys) for keys in (EXPERTS_KEYS, INTERMEDIATE_KEYS, DENSE_KEYS, HIDDEN_KEYS)
+    )
+    counts = {
+        path + key: str(level[key])
+        for path, level in levels
+        for key in EXPERTS_KEYS
+        if _integers(level.get(key))
+    }
     contradictions = []
     if len(set(counts.values())) > 1:
-        listed = ", ".join(f"{key}={value}" for key, value in counts.items())
-        contradictions.append(f"config.json: expert counts disagree: {listed}")
-    return Sizes(experts, intermediate, hidden, tuple(contradictions))
+        found = ", ".join(f"{key}={value}" for key, value in counts.items())
+        contradictions.append(f"config.json: expert counts disagree: {found}")
+    return Sizes(
+        experts,
+        intermediate or dense,
+        hidden,
+        _first(levels, EXPERTS_KEYS),
+        _first(levels, INTERMEDIATE_KEYS),
+        tuple(contradictions),
+    )
+
+
+def _values(levels: Sequence[tuple[str, Mapping[str, Any]]], keys: Sequence[str]) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for path, level in levels:
+        for key in keys:
+            for value in _integers(level.get(key)):
+                found.setdefault(value, path + key)
+    return found
+
+
+def _first(levels: Sequence[tuple[str, Mapping[str, Any]]], keys: Sequence[str]) -> tuple[int, ...]:
+    found = (tuple(_integers(level.get(key))) for _, level in levels for key in keys)
+    return next((values for values in found if values), ())
 
 
 def model_type_of(config: Mapping[str, Any]) -> str:

@@ -82,7 +82,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="ernie4_5_vl_moe",
-        model_types=("ernie4_5_vl_moe",),
+        model_types=("ernie4_5_vl_moe", "ernie4_5_moe_vl"),
         forms=(),
         widths=2,
         not_restorable=(".text_moe.", ".vision_moe.", "model.language_model."),
