@@ -18,7 +18,12 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-FORMS = {"fused": "5GB", "split": "500MB"}
+# Transposed is Llama 4's: 16 experts of 160 MB and 80 MB, larger than the buffers.
+FORMS = {
+    "fused": ["--shard-size", "5GB"],
+    "split": ["--shard-size", "500MB"],
+    "transposed": [*"--experts 16 --hidden 5120 --intermediate 8192 --vocab 32768".split()],
+}
 
 
 def run(*command: object) -> tuple[float, int]:
@@ -39,17 +44,9 @@ def main() -> None:
     args = parser.parse_args()
     torch_seconds, torch_nbytes = run(sys.executable, "-c", "import torch")
     print(f"import torch  {torch_seconds:5.1f} s  {torch_nbytes / 2**20:6.0f} MiB")
-    for form, size in FORMS.items():
+    for form, options in FORMS.items():
         source, out = args.workdir / form, args.workdir / "out"
-        run(
-            sys.executable,
-            HERE / "make_checkpoint.py",
-            source,
-            "--form",
-            form,
-            "--shard-size",
-            size,
-        )
+        run(sys.executable, HERE / "make_checkpoint.py", source, "--form", form, *options)
         nbytes = sum(path.stat().st_size for path in source.iterdir())
         shutil.rmtree(out, ignore_errors=True)
         command = [sys.executable, "-m", "moe_ckpt", "convert", source, out, "-q"]

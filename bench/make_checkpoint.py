@@ -1,7 +1,8 @@
-"""Make a large Qwen3-MoE checkpoint of random weights, without holding it in memory.
+"""Make a large Qwen3-MoE or Llama 4 checkpoint of random weights, without holding it in memory.
 
 python bench/make_checkpoint.py OUT --form fused     # about 8 GB, a 4 GB gate_up tensor
 python bench/make_checkpoint.py OUT --form split --shard-size 500MB
+python bench/make_checkpoint.py OUT --form transposed --experts 16 --hidden 5120 --intermediate 8192
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ def tensors(args: argparse.Namespace) -> Iterator[tuple[str, tuple[int, ...]]]:
         if args.form == "fused":
             yield f"{prefix}.mlp.experts.gate_up_proj", (E, 2 * I, H)
             yield f"{prefix}.mlp.experts.down_proj", (E, H, I)
+        elif args.form == "transposed":
+            yield f"{prefix}.feed_forward.experts.gate_up_proj", (E, H, 2 * I)
+            yield f"{prefix}.feed_forward.experts.down_proj", (E, I, H)
         else:
             for e in range(E):
                 yield f"{prefix}.mlp.experts.{e}.down_proj.weight", (H, I)
@@ -55,7 +59,7 @@ def write_shard(path: Path, members: list[tuple[str, tuple[int, ...]]], noise: b
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--form", choices=("fused", "split"), default="fused")
+    parser.add_argument("--form", choices=("fused", "split", "transposed"), default="fused")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--intermediate", type=int, default=2048)
@@ -86,11 +90,10 @@ def main() -> None:
     index = {"metadata": {}, "weight_map": weight_map}
     (args.out / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
+        "model_type": "llama4_text" if args.form == "transposed" else "qwen3_moe",
         "num_hidden_layers": args.layers,
         "hidden_size": args.hidden,
-        "moe_intermediate_size": args.intermediate,
+        "intermediate_size": args.intermediate,
         "num_experts": args.experts,
         "vocab_size": args.vocab,
     }

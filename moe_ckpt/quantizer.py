@@ -15,7 +15,8 @@ from .errors import CheckpointError, show
 from .formats import QuantFormat
 from .formats.amax import abs_max
 from .formats.scratch import Scratch
-from .plan import Copy, Job, Region
+from .orientation import in_order, matrices_of
+from .plan import Copy, Region
 from .reader import SourceReader
 from .schedule import Batch, Budget
 from .writer import ShardWriter
@@ -167,7 +168,7 @@ class Worker:
         gathered, and written with the last piece.
         """
         job = batch.job
-        weight_BPNK = _matrices(job, stored)
+        weight_BPNK = matrices_of(job, stored)
         gathers = job.is_transposed and not job.is_stacked
         results = {}
         for region in job.regions:
@@ -178,9 +179,7 @@ class Worker:
             for b, n in self._chunks(weight_BNK):
                 chunk = weight_BNK[b, n]
                 if not chunk.is_contiguous():
-                    chunk = self._scratch.empty("chunk", tuple(chunk.shape), chunk.dtype).copy_(
-                        chunk
-                    )
+                    chunk = in_order(chunk, self._scratch)
                 parts = {role: made[b, p, n] for role, (_, made) in results.items()}
                 self._codec.quantize(chunk, amax_B[b], parts, self._scratch)
         start, stop = piece
@@ -269,19 +268,6 @@ class Worker:
                         "quantized"
                     )
         raise AssertionError("amax was not finite, and every weight is")
-
-
-def _matrices(job: Job, stored: torch.Tensor) -> torch.Tensor:
-    """Stored rows [B, rows, columns] as a view [B, P, N, K]: gate and up apart if they alternate.
-
-    P is 2 for those, else 1.
-    """
-    matrices = stored.transpose(1, 2) if job.is_transposed else stored
-    if not job.is_interleaved:
-        return matrices.unsqueeze(1)
-    B, N, K = matrices.shape
-    b, n, k = matrices.stride()
-    return matrices.as_strided((B, 2, N // 2, K), (b, n, 2 * n, k))
 
 
 def _write(out: ShardWriter, offset: int, values: torch.Tensor) -> None:
