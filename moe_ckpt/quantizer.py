@@ -95,7 +95,7 @@ class Worker:
             amax_B = self._amax(loaded)
             self._refuse_not_finite(amax_B, batch)
         else:
-            amax_B = torch.full((batch.count,), amax, device=self._device)
+            amax_B = torch.full((batch.count,), amax, dtype=torch.float32, device=self._device)
         for piece in pieces:
             stored = whole if whole is not None else self._load(batch, *piece)
             self._write_piece(batch, piece, stored, amax_B, out)

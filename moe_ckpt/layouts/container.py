@@ -56,7 +56,7 @@ class Container:
         if not dtypes <= FLOATS or len(dtypes) > 1:
             raise LayoutError(
                 f"{show(self.source)}: experts are stored as {', '.join(sorted(dtypes))}"
-                f"{f' ({packing})' if packing else ''}; expected BF16, F16 or F32 throughout. "
+                f"{f' ({packing})' if packing else ''}; expected BF16, F16 or F32 throughout; "
                 "start from the original release"
             )
         if self.forms[0].layout == SPLIT:

@@ -250,8 +250,8 @@ FAMILIES: tuple[Family, ...] = (
             ),
         ),
         fused_loaders={"nvfp4": (SGLANG,), "fp8-tensor": ()},
-        instead="SGLang reads it after 0.5.23; vLLM 0.33 and TensorRT-LLM load the codes and drop "
-        "their scales without a word",
+        instead="fused, SGLang reads it after 0.5.23, vLLM 0.33 and TensorRT-LLM load its codes "
+        "without their scales and say nothing; split, no runtime does",
         checked="export",
         loaders=(),
     ),
