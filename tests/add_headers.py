@@ -1,8 +1,10 @@
 """Add to fixtures/layout-headers.json what transformers writes for a model type.
 
-    python tests/add_headers.py MODEL_TYPE
+    python tests/add_headers.py MODEL_TYPE [CONFIG.json]
 
-The model is as tiny as those in tests/test_modules.py; only its config and headers are kept.
+The model is as tiny as those in tests/test_modules.py; only its config and headers are kept. A
+model with parts needs a config of its own, with 24 for the width of an expert, 8 experts and a
+hidden size of 64.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from conftest import FIXTURES, read_tensors
 from test_modules import build
 
 
-def headers_of(model_type: str) -> dict[str, object]:
-    model = build(model_type, 24)
+def headers_of(model_type: str, config: dict[str, object] | None) -> dict[str, object]:
+    model = build(model_type, 24, config)
     saved = {}
     for mode in "AB":
         with tempfile.TemporaryDirectory() as folder:
@@ -31,7 +33,8 @@ def headers_of(model_type: str) -> dict[str, object]:
 
 if __name__ == "__main__":
     path = FIXTURES / "layout-headers.json"
-    (model_type,) = sys.argv[1:]
+    model_type, *files = sys.argv[1:]
+    config = json.loads(Path(files[0]).read_text()) if files else None
     headers = json.loads(path.read_text())
-    headers[model_type] = headers_of(model_type)
+    headers[model_type] = headers_of(model_type, config)
     path.write_text(json.dumps(headers))

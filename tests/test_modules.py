@@ -49,16 +49,18 @@ BUILT = [
 # What transformers writes under names or in sizes that cannot be taken back; see the table.
 REFUSED = {
     *((name, "B") for name in ("axk2", "ernie4_5_vl_moe", "glm5_next", "hy_v4", "kimi_linear")),
+    *((name, "B") for name in ("deepseek_v4", "kimi_k25", "qwen3_omni_moe")),
+    ("qwen3_omni_moe_thinker", "B"),
     *((name, "B") for name in ("inkling_mm_model", "longcat_flash", "minimax_m3_vl", "step3p7")),
     ("longcat_flash", "A"),
 }
 BOTH_ORIENTATIONS = {"qwen3_vl_moe"}
 
 
-def build(model_type, intermediate):
+def build(model_type, intermediate, saved=None):
     """A model in float32 whose experts hold multiples of 2**-12 that E4M3 can hold."""
     torch.manual_seed(zlib.crc32(model_type.encode()))
-    saved = HEADERS.get(model_type, {"A": {"config": CONFIG}})["A"]["config"]
+    saved = saved or HEADERS.get(model_type, {"A": {"config": CONFIG}})["A"]["config"]
     config = sized(json.loads(json.dumps(saved)), intermediate)
     config = transformers.AutoConfig.for_model(config.pop("model_type", model_type), **config)
     names = saved.get("architectures")
@@ -130,7 +132,7 @@ def modules_with_experts(model):
     found = []
     for name, module in model.named_modules():
         own = {leaf for leaf, _ in module.named_parameters(recurse=False)}
-        is_routed = "shared" not in name and "encoder" not in name
+        is_routed = not any(word in name for word in ("shared", "encoder", "talker"))
         has_weights = own & {"gate_up_proj", "up_proj"} and is_routed
         if has_weights or type(module).__name__ in ("DbrxExperts", "JetMoeMoE"):
             found.append(module)
@@ -157,6 +159,8 @@ def activation(module, gate, up):
         alpha = getattr(module, "alpha", None) or module.swiglu_alpha
         gate = gate.clamp(max=module.limit)
         return (up.clamp(-module.limit, module.limit) + 1) * gate * torch.sigmoid(alpha * gate)
+    if name == "DeepseekV4Experts":
+        return module.act_fn(gate.clamp(max=module.limit)) * up.clamp(-module.limit, module.limit)
     if name in ("HYV4Experts", "Glm5NextTextExperts"):
         gate = gate.clamp(max=module.swiglu_limit)
         return torch.nn.functional.silu(gate) * up.clamp(-module.swiglu_limit, module.swiglu_limit)

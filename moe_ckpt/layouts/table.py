@@ -38,8 +38,11 @@ FAMILIES: tuple[Family, ...] = (
         name="qwen3_omni_moe",
         model_types=("qwen3_omni_moe", "qwen3_omni_moe_thinker"),
         forms=(),
+        prefixes=(
+            ("thinker.model.language_model.", "thinker.model."),
+            ("model.language_model.", "model."),
+        ),
         not_restorable=("model.language_model.",),
-        checked="source",
     ),
     Family(
         name="qwen3_vl_moe",
@@ -60,15 +63,20 @@ FAMILIES: tuple[Family, ...] = (
         projections=W1_W3_W2,
         not_restorable=(".mlp.", ".self_attn."),
         instead="runtimes read its NVFP4 experts only beside attention in FP8 blocks",
-        checked="source",
         loaders=(),
     ),
     Family(
         name="kimi_k25",
         model_types=("kimi_k25",),
         forms=(),
+        # The first three: what transformers writes with save_original_format and should not.
+        prefixes=(
+            ("language_model.model.blocks.", "language_model.model.layers."),
+            ("vision_tower.encoder.patch_embed.", "vision_tower.patch_embed."),
+            ("model.mm_projector.", "mm_projector."),
+            ("model.language_model.", "language_model.model."),
+        ),
         not_restorable=("model.language_model.",),
-        checked="source",
     ),
     Family(name="glm4_moe", model_types=("glm4_moe", "glm4_moe_lite", "glm4v_moe")),
     Family(
