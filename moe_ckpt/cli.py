@@ -196,7 +196,8 @@ def layouts(as_json: bool) -> None:
 def main() -> NoReturn:
     """Run the command line and exit with the code that the error tree documents."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminate)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup wants hangups ignored
+            signal.signal(number, _terminate)
     sys.exit(_run(cli))
 
 

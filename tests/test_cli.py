@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,30 @@ def slow_model(tmp_path):
     return write_headers(tmp_path / "in", {"model.safetensors": tensors}, config)
 
 
+def interrupt(args, out, number, handler, code):
+    """Send a signal in mid-work to a command started with a handler for it; returns stderr."""
+    start = partial(signal.signal, number, handler) if number != signal.SIGKILL else None
+    with subprocess.Popen(args, stderr=subprocess.PIPE, text=True, preexec_fn=start) as process:
+        assert process.stderr is not None
+        while not list(out.glob("*.safetensors")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        errors = process.stderr.read()
+        assert process.wait(60) == code
+    return errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_signals_that_the_shell_wants_ignored_are(tmp_path, slow_model, number):
+    """As nohup does with hangups, and a shell script with Ctrl-C for what runs behind it."""
+    command = Path(sys.executable).with_name("moe-ckpt")
+    out = tmp_path / "out"
+    args = [command, "convert", slow_model, out, "--max-shard-size", "40MB"]
+    interrupt(args, out, number, signal.SIG_IGN, 0)
+    assert (out / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)],
@@ -204,14 +229,7 @@ def test_interrupted(tmp_path, slow_model, number, code):
     out = tmp_path / "new" / "out"
     command = Path(sys.executable).with_name("moe-ckpt")
     args = [command, "convert", slow_model, out, "--max-shard-size", "40MB"]
-    with subprocess.Popen(args, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        while not list(out.glob("*.safetensors")):
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(number)
-        errors = process.stderr.read()
-        assert process.wait(60) == code
+    errors = interrupt(args, out, number, signal.SIG_DFL, code)
     assert "Traceback" not in errors
     assert not (out / "config.json").exists()
     assert not list(out.glob("*.index.json"))

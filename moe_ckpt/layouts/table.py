@@ -258,8 +258,8 @@ FAMILIES: tuple[Family, ...] = (
             ),
         ),
         fused_loaders={"nvfp4": (SGLANG,), "fp8-tensor": ()},
-        instead="fused, SGLang reads it after 0.5.23, vLLM 0.33 and TensorRT-LLM load its codes "
-        "without their scales and say nothing; split, no runtime does",
+        instead="SGLang reads it fused after 0.5.23; vLLM 0.33 and TensorRT-LLM load the fused "
+        "codes without their scales and say nothing; no runtime reads it split",
         checked="export",
         loaders=(),
     ),
