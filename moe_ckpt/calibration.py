@@ -120,7 +120,7 @@ class Calibration:
 
     def _fused_names(self, experts: Experts, *, is_down: bool) -> set[str]:
         """What the layer's stacked projection may be called, in this file or in transformers."""
-        paths = [f"{experts.output}", f"{experts.layer}.mlp.experts"]
+        paths = [experts.output, f"{experts.layer}.mlp.experts"]
         names = {f"{path}.{'down_proj' if is_down else 'gate_up_proj'}" for path in paths}
         for form in self.detection.family.forms:
             leaves = form.leaves[-1:] if is_down else form.leaves[:-1]
@@ -132,9 +132,11 @@ class Calibration:
         """What transformers may call a module that loaders call ``output``."""
         for stack in self.detection.stacks:
             match = re.match(rf"({re.escape(stack)}\.\d+)\.", output)
-            for theirs, ours in self.detection.family.renames if match else ():
-                rest = f"{output[match.end() :]}." if match else ""
-                if rest.startswith(ours) and match:
+            if match is None:
+                continue
+            rest = f"{output[match.end() :]}."
+            for theirs, ours in self.detection.family.renames:
+                if rest.startswith(ours):
                     yield f"{match[1]}.{theirs}{rest.removeprefix(ours)}".rstrip(".")
 
     def _find(self, name: str) -> Amax:

@@ -64,11 +64,11 @@ def layouts_lines() -> Iterator[str]:
 
 
 def _row(family: Family) -> dict[str, Any]:
-    split = f"{family.split}.E.{{{', '.join(family.projections)}}}.weight"
+    split = family.describe_split()
     read: list[dict[str, Any]] = [
         {
             "layout": form.layout,
-            "gate_up_order": form.order if LAYOUTS[form.layout].joins_gate_up else None,
+            "gate_up_order": form.order if form.joins_gate_up else None,
             "biases": list(form.biases),
             "tensors": form.describe(),
         }

@@ -31,25 +31,33 @@ def _named(_context: click.Context, _parameter: click.Parameter, value: str) -> 
 
 
 _in_dir = click.argument("in_dir", metavar="IN", callback=_named)
-_experts_options = (
-    click.option(
-        "--experts",
-        default="auto",
-        show_default=True,
-        help="split: a matrix for each; fused: as ModelOpt fuses Llama 4 and gpt-oss; "
-        "auto: what most runtimes read.",
-    ),
-    click.option(
-        "--layout",
-        metavar="NAME",
-        help="How IN stores experts, where headers and model type leave it open; see layouts.",
-    ),
-    click.option(
-        "--gate-up-order",
-        metavar="ORDER",
-        help="concat or interleaved: how gate and up lie in one tensor, the same.",
-    ),
-)
+
+
+def _experts_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What a command is told of the experts, stored and written."""
+    for option in (
+        click.option(
+            "--gate-up-order",
+            metavar="ORDER",
+            help="concat or interleaved: how gate and up lie in one tensor, the same.",
+        ),
+        click.option(
+            "--layout",
+            metavar="NAME",
+            help="How IN stores experts, where headers and model type leave it open; see layouts.",
+        ),
+        click.option(
+            "--experts",
+            default="auto",
+            show_default=True,
+            help="split: a matrix for each; fused: as ModelOpt fuses Llama 4 and gpt-oss; "
+            "auto: what most runtimes read.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
@@ -81,9 +89,7 @@ def cli() -> None:
     show_default=True,
     help="experts: routed experts only; linear: every linear layer.",
 )
-@_experts_options[0]
-@_experts_options[1]
-@_experts_options[2]
+@_experts_options
 @click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; same bytes."
 )
@@ -161,9 +167,7 @@ def convert(
 
 @cli.command()
 @_in_dir
-@_experts_options[0]
-@_experts_options[1]
-@_experts_options[2]
+@_experts_options
 @_json_option
 def inspect(
     in_dir: str, experts: str, layout: str | None, gate_up_order: str | None, as_json: bool

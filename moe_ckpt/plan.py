@@ -96,6 +96,11 @@ class Job:
         shape = (self.slab_rows, self.columns)
         return shape[::-1] if self.is_transposed else shape
 
+    @property
+    def stored_row_nbytes(self) -> int:
+        """Source bytes of one stored row."""
+        return nbytes_of(self.dtype, self.stored_shape[1:])
+
     def placed(self, regions: tuple[Region, ...]) -> Job:
         """The same job with the positions of its output."""
         return replace(self, regions=regions)

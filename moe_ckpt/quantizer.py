@@ -113,15 +113,14 @@ class Worker:
             yield 0, total
             return
         multiple = self._k_multiple if job.is_transposed else len(job.rows)
-        step = self._budget.stage_nbytes // (job.slab_nbytes // total) // multiple * multiple
+        step = self._budget.stage_nbytes // job.stored_row_nbytes // multiple * multiple
         for start in range(0, total, max(step, multiple)):
             yield start, min(start + max(step, multiple), total)
 
     def _load(self, batch: Batch, start: int, stop: int) -> torch.Tensor:
         """Stored rows ``start`` to ``stop`` of each slab, [B, rows, columns] on the device."""
         job = batch.job
-        total, columns = job.stored_shape
-        row_nbytes = job.slab_nbytes // total
+        row_nbytes, columns = job.stored_row_nbytes, job.stored_shape[1]
         nbytes = (stop - start) * row_nbytes
         if batch.count * nbytes > self._stage.numel():
             self._stage = self._new_stage(batch.count * nbytes)
@@ -250,15 +249,14 @@ class Worker:
         if bool(finite.all()):
             return
         job, slab = batch.job, batch.slabs[int(finite.logical_not().nonzero()[0])]
-        columns = job.columns if not job.is_transposed else job.slab_rows
-        step = max(1, self._stage.numel() // (columns * _DTYPES[job.dtype].itemsize))
+        columns, dtype = job.stored_shape[1], _DTYPES[job.dtype]
+        step = max(1, self._stage.numel() // job.stored_row_nbytes)
         for read, label in zip(slab.reads, slab.labels, strict=True):
-            rows = read.nbytes // (columns * _DTYPES[job.dtype].itemsize)
+            rows = read.nbytes // job.stored_row_nbytes
             for start in range(0, rows, step):
-                raw = torch.empty((min(step, rows - start), columns), dtype=_DTYPES[job.dtype])
-                self._reader.read(
-                    read, start * raw[0].nbytes, raw.view(torch.uint8).flatten().numpy().data
-                )
+                raw = torch.empty((min(step, rows - start), columns), dtype=dtype)
+                into = raw.view(torch.uint8).flatten().numpy().data
+                self._reader.read(read, start * job.stored_row_nbytes, into)
                 found = torch.isfinite(raw).logical_not().nonzero()
                 if len(found):
                     n, k = (int(i) for i in found[0])

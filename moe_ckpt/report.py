@@ -187,9 +187,9 @@ def _outcome(plan: Plan, experts: Experts) -> str:
     """The names that experts get in the output."""
     roles = [part.role for part in find_format(plan.format).parts]
     if plan.experts_as == "fused":
-        names = [tensor_name(plan.format, "", role, True) or "weight" for role in roles]
+        names = [tensor_name(plan.format, "", role, True) for role in roles]
         leaves = [name.rpartition(".")[2] for name in (experts.gate_up[0], experts.down[0])]
-        return f"{show(experts.source)}.{{{', '.join(leaves)}}}{{{', '.join(['', *names[1:]])}}}"
+        return f"{show(experts.source)}.{{{', '.join(leaves)}}}{{{', '.join(names)}}}"
     names = [tensor_name(plan.format, "", role, False)[1:] for role in roles]
     last = experts.first + experts.num_experts - 1
     return (

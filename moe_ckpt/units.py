@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 from .calibration import Calibration
 from .choice import output_name
@@ -11,12 +10,14 @@ from .dtypes import itemsize, nbytes_of
 from .errors import FormatError, LayoutError, Problems, show, show_some
 from .formats import QuantFormat
 from .headers import TensorInfo
-from .layouts import SPLIT, Detection, Experts, Range
+from .layouts import SPLIT, Detection, Experts, Range, Side
 from .modules import module_of
 from .packing import CopyUnit, QuantUnit
 from .plan import Job, OutTensor, Read, Slab
 
 __all__ = ["UnitMaker"]
+
+_BIAS = "bias of routed experts"
 
 
 class UnitMaker:
@@ -38,64 +39,15 @@ class UnitMaker:
 
     def of_experts(self, found: Experts) -> list[CopyUnit | QuantUnit]:
         """Experts of a layer, a matrix each: one unit, and units for their biases."""
-        *readers, down = found.projections
-        jobs = []
-        for names, rows, columns, ranges_of, is_transposed, is_interleaved in (
-            (
-                *(tuple(readers), found.gate_up_rows, found.hidden, found.gate_up_ranges),
-                *(found.stores_transposed[0], found.is_interleaved),
-            ),
-            (
-                *((down,), (found.hidden,), found.intermediate, found.down_ranges),
-                *(found.stores_transposed[1], False),
-            ),
-        ):
-            slabs = tuple(
-                Slab(
-                    tuple(map(self._read, ranges_of(expert))),
-                    tuple(f"{found.output}.{found.first + expert}.{name}" for name in names),
-                    tuple(_label(range_, found, expert) for range_ in ranges_of(expert)),
-                )
-                for expert in range(found.num_experts)
-            )
-            jobs.append(
-                Job(
-                    slabs,
-                    rows,
-                    columns,
-                    self._tensors[found.gate_up[0]].dtype,
-                    self._input_amax(found, names, columns),
-                    is_transposed,
-                    is_interleaved,
-                )
-            )
-        return [QuantUnit(tuple(jobs)), *self._split_biases(found)]
+        jobs = tuple(self._experts_job(found, side, is_stacked=False) for side in found.sides)
+        biases = [bias for side in found.sides for bias in self._split_bias(found, side)]
+        return [QuantUnit(jobs), *biases]
 
     def of_fused_experts(self, found: Experts) -> list[CopyUnit | QuantUnit]:
         """Experts of a layer, in the fused form of the source: a unit for each tensor."""
-        *readers, down = found.projections
-        I, H = found.intermediate, found.hidden
-        units: list[CopyUnit | QuantUnit] = []
-        for tensor, names, rows, columns, ranges_of in (
-            (found.gate_up[0], tuple(readers), 2 * I, H, found.gate_up_ranges),
-            (found.down[0], (down,), H, I, found.down_ranges),
-        ):
-            slabs = tuple(
-                Slab(
-                    tuple(map(self._read, ranges_of(expert))),
-                    (tensor,),
-                    tuple(_label(range_, found, expert) for range_ in ranges_of(expert)),
-                )
-                for expert in range(found.num_experts)
-            )
-            amax = self._input_amax(found, names, columns)
-            job = Job(slabs, (rows,), columns, self._tensors[tensor].dtype, amax, True)
-            units.append(QuantUnit((replace(job, is_stacked=True),)))
-        units += (
-            self.of_copy(self._tensors[name], name, "bias of routed experts")
-            for name in found.biases
-        )
-        return units
+        jobs = [self._experts_job(found, side, is_stacked=True) for side in found.sides]
+        biases = [self.of_copy(self._tensors[name], name, _BIAS) for name in found.biases]
+        return [*(QuantUnit((job,)) for job in jobs), *biases]
 
     def of_copy(self, info: TensorInfo, name: str, reason: str) -> CopyUnit:
         """A tensor that stays as it is, under a name."""
@@ -134,36 +86,50 @@ class UnitMaker:
         first = infos[0]
         return Job((slab,), tuple(i.shape[0] for i in infos), first.shape[1], first.dtype, amax)
 
-    def _split_biases(self, found: Experts) -> Iterator[CopyUnit]:
-        """The biases of each expert, split as their weights are."""
-        *readers, down = found.projections
-        for bias, names, rows in zip(
-            found.biases,
-            (readers, [down]),
-            (found.gate_up_rows, (found.hidden,)),
-            strict=bool(found.biases),
-        ):
-            info = self._tensors[bias]
-            pair = 2 * itemsize(info.dtype) if found.is_interleaved and len(names) == 2 else 0
-            for expert in range(found.num_experts):
-                module = f"{found.output}.{found.first + expert}"
-                yield CopyUnit(
-                    bias,
-                    self._read(Range(bias, expert * sum(rows), sum(rows))),
-                    tuple(
-                        OutTensor(f"{module}.{name}.bias", info.dtype, (count,))
-                        for name, count in zip(names, rows, strict=True)
-                    ),
-                    "bias of routed experts",
-                    pair,
-                )
+    def _experts_job(self, found: Experts, side: Side, *, is_stacked: bool) -> Job:
+        """The job of one side of a layer's experts, each a slab."""
+        slabs = []
+        for expert in range(found.num_experts):
+            ranges = found.ranges(side, expert)
+            module = _module(found, expert)
+            modules = side.tensors if is_stacked else [f"{module}.{n}" for n in side.projections]
+            labels = tuple(_label(range_, found, expert) for range_ in ranges)
+            slabs.append(Slab(tuple(map(self._read, ranges)), tuple(modules), labels))
+        return Job(
+            slabs=tuple(slabs),
+            rows=(sum(side.rows),) if is_stacked else side.rows,
+            columns=side.columns,
+            dtype=self._tensors[side.tensors[0]].dtype,
+            input_amax=self._input_amax(found, side),
+            is_transposed=side.is_transposed,
+            is_interleaved=side.is_interleaved and not is_stacked,
+            is_stacked=is_stacked,
+        )
 
-    def _input_amax(self, found: Experts, names: tuple[str, ...], columns: int) -> float | None:
-        if columns % self._format.k_multiple:
-            self._indivisible(f"{found.source} {'/'.join(names)}", columns)
+    def _split_bias(self, found: Experts, side: Side) -> Iterator[CopyUnit]:
+        """The bias of each expert, split as its weights are."""
+        if not side.bias:
+            return
+        dtype, rows = self._tensors[side.bias].dtype, sum(side.rows)
+        for expert in range(found.num_experts):
+            module = _module(found, expert)
+            yield CopyUnit(
+                source=side.bias,
+                read=self._read(Range(side.bias, expert * rows, rows)),
+                tensors=tuple(
+                    OutTensor(f"{module}.{name}.bias", dtype, (count,))
+                    for name, count in zip(side.projections, side.rows, strict=True)
+                ),
+                reason=_BIAS,
+                pair_nbytes=2 * itemsize(dtype) if side.is_interleaved else 0,
+            )
+
+    def _input_amax(self, found: Experts, side: Side) -> float | None:
+        if side.columns % self._format.k_multiple:
+            self._indivisible(f"{found.source} {'/'.join(side.projections)}", side.columns)
         if self._calibration is None:
             return None
-        return self._calibration.experts_amax(found, names, self._problems)
+        return self._calibration.experts_amax(found, side.projections, self._problems)
 
     def _read(self, range_: Range) -> Read:
         info = self._tensors[range_.tensor]
@@ -176,6 +142,10 @@ class UnitMaker:
             f"{show(what)}: has {columns} columns, {self._format.name} needs a multiple of "
             f"{self._format.k_multiple}; use --format fp8-tensor",
         )
+
+
+def _module(found: Experts, expert: int) -> str:
+    return f"{found.output}.{found.first + expert}"
 
 
 def _label(range_: Range, found: Experts, expert: int) -> str:

@@ -58,6 +58,17 @@ def pack(layout, order, experts):
     return [torch.stack([m.T for m in joined]), torch.stack([d.T for d in down])]
 
 
+def config_of(model_type, experts, i, h, layers):
+    """The config of a model with these sizes."""
+    return {
+        "model_type": model_type,
+        "num_experts": experts,
+        "moe_intermediate_size": i,
+        "hidden_size": h,
+        "num_hidden_layers": layers,
+    }
+
+
 def write(folder: Path, tensors, config, shards=1):
     """A checkpoint; neighbouring names land in different shards."""
     folder.mkdir(parents=True)
@@ -96,11 +107,17 @@ def expected_parts(matrices, number_format):
     return found
 
 
+def load(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder."""
+    found: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
 def check(out: Path, expected):
     """The folder holds these tensors and no others, bit for bit."""
-    found: dict[str, torch.Tensor] = {}
-    for path in out.glob("*.safetensors"):
-        found |= load_file(path)
+    found = load(out)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name

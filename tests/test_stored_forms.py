@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FIXTURES, read_files, read_tensors, run_cli
-from experts import CODECS, check, expected_parts, matrices_of, pack, write
+from conftest import FIXTURES, read_files, run_cli
+from experts import CODECS, check, config_of, expected_parts, load, matrices_of, pack, write
 
 import moe_ckpt
 from moe_ckpt.conversion import execute
@@ -52,14 +52,7 @@ def make(folder, family, form, i, h, *, dtype=torch.bfloat16, shards=2, count=E)
                 halves = (row[0::2], row[1::2]) if form.order != CONCAT else row.chunk(2)
                 for name, bias in zip(family.projections, (*halves, stored[-1][e]), strict=True):
                     biases[f"{module}.{name}.bias"] = bias
-    config = {
-        "model_type": family.model_types[0],
-        "num_experts": count,
-        "moe_intermediate_size": i,
-        "hidden_size": h,
-        "num_hidden_layers": LAYERS,
-    }
-    write(folder, tensors, config, shards)
+    write(folder, tensors, config_of(family.model_types[0], count, i, h, LAYERS), shards)
     return matrices, biases
 
 
@@ -117,7 +110,7 @@ def test_fused_output_is_the_source_quantized_in_place(tmp_path, number_format, 
     )
     codec, suffixes = CODECS[number_format]
     expected = {}
-    for name, stored in tensors_of(tmp_path / "in").items():
+    for name, stored in load(tmp_path / "in").items():
         if name.endswith("_bias"):
             expected[name] = stored
             continue
@@ -136,9 +129,9 @@ def test_fused_output_is_the_source_quantized_in_place(tmp_path, number_format, 
 def test_split_decodes_to_the_quantized_matrices_of_the_source(tmp_path, model):
     out = tmp_path / "out"
     moe_ckpt.convert(FIXTURES / model / "source", out, experts="split")
-    found = tensors_of(out)
+    found = load(out)
     count = 0
-    for name, stored in tensors_of(FIXTURES / model / "source").items():
+    for name, stored in load(FIXTURES / model / "source").items():
         if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             continue
         prefix, _, leaf = name.rpartition(".")
@@ -220,7 +213,7 @@ def test_inkling_may_leave_open_how_gate_and_up_lie(tmp_path, level, said, order
 def test_a_weight_that_is_not_finite_is_named_where_it_is_stored(tmp_path, where, leaf, as_):
     family, form = next((f, o) for f, o in FORMS if f.name == "gpt_oss")
     make(tmp_path / "in", family, form, 48, 96, shards=1)
-    tensors = tensors_of(tmp_path / "in")
+    tensors = load(tmp_path / "in")
     name = f"model.layers.1.mlp.experts.{leaf}"
     tensors[name][where] = float("nan")
     config = moe_ckpt.make_plan(tmp_path / "in").root / "config.json"
@@ -234,12 +227,3 @@ def test_a_weight_that_is_not_finite_is_named_where_it_is_stored(tmp_path, where
     assert done.returncode == 3
     expert, row, column = where
     assert f"{name}[expert {expert}]: weight is nan at row {row}, column {column};" in done.stderr
-
-
-def tensors_of(folder):
-    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    dtypes |= {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}
-    return {
-        name: torch.frombuffer(bytearray(t.data), dtype=dtypes[t.dtype]).view(t.shape)
-        for name, t in read_tensors(folder).items()
-    }

@@ -9,7 +9,7 @@ import experts
 import pytest
 import torch
 from conftest import FIXTURES, read_files, read_json, read_tensors
-from experts import position_coded, write
+from experts import config_of, pack, position_coded, write
 from safetensors.torch import load_file
 
 import moe_ckpt
@@ -30,27 +30,19 @@ def make(folder: Path, *, form="fused", i=I, h=H, dtype=torch.bfloat16, shards=1
                 matrices[f"{prefix}.experts.{e}.{name}_proj.weight"] = matrix
         tensors[f"{prefix}.gate.weight"] = torch.full((E, h), float(layer)).to(dtype)
         mine = [
-            matrices[f"{prefix}.experts.{e}.{{}}_proj.weight".format(p)]
+            [matrices[f"{prefix}.experts.{e}.{p}_proj.weight"] for p in ("gate", "up", "down")]
             for e in range(E)
-            for p in ("gate", "up", "down")
         ]
         if form == "fused" or (form == "mixed" and layer == 0):
-            gate_up = [torch.cat(mine[3 * e : 3 * e + 2]) for e in range(E)]
-            tensors[f"{prefix}.experts.gate_up_proj"] = torch.stack(gate_up)
-            tensors[f"{prefix}.experts.down_proj"] = torch.stack(mine[2::3])
+            gate_up, down = pack("fused", "concat", mine)
+            tensors[f"{prefix}.experts.gate_up_proj"] = gate_up
+            tensors[f"{prefix}.experts.down_proj"] = down
     if form != "fused":
         tensors |= {k: v for k, v in matrices.items() if form == "split" or ".0.mlp" not in k}
     tensors["model.counter"] = torch.arange(3)
     tensors["model.flag"] = torch.tensor(True)
     tensors["model.none"] = torch.zeros(0, 4, dtype=dtype)
-    config = {
-        "model_type": "qwen3_moe",
-        "num_experts": E,
-        "moe_intermediate_size": i,
-        "hidden_size": h,
-        "num_hidden_layers": layers,
-    }
-    write(folder, tensors, config, shards)
+    write(folder, tensors, config_of("qwen3_moe", E, i, h, layers), shards)
     return matrices, tensors
 
 

@@ -4,6 +4,6 @@ A dialect turns the roles of a format's parts into tensor suffixes, and the choi
 quantized into configuration. It knows no weights.
 """
 
-from .modelopt import LOADERS, config_files, suffix_of, tensor_name
+from .modelopt import LOADERS, config_files, tensor_name
 
-__all__ = ["LOADERS", "config_files", "suffix_of", "tensor_name"]
+__all__ = ["LOADERS", "config_files", "tensor_name"]

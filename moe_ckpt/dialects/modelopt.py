@@ -23,7 +23,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["LOADERS", "config_files", "suffix_of", "tensor_name"]
+__all__ = ["LOADERS", "config_files", "tensor_name"]
 
 # Who reads which format of this dialect. transformers has no quantizer for it and would load
 # the codes as if they were weights.
@@ -67,11 +67,6 @@ _ALGOS: Mapping[str, tuple[str, Mapping[str, Any] | None, Mapping[str, Any]]] = 
 }
 
 
-def suffix_of(format_name: str, role: str) -> str:
-    """The last component of the tensor that holds a part."""
-    return _SUFFIXES[format_name][role]
-
-
 def tensor_name(format_name: str, module: str, role: str, is_stacked: bool) -> str:
     """The tensor that holds a part of a module, or of all experts' modules.
 
@@ -80,7 +75,7 @@ def tensor_name(format_name: str, module: str, role: str, is_stacked: bool) -> s
     >>> tensor_name("nvfp4", "experts.down_proj", "qweight", True)
     'experts.down_proj'
     """
-    suffix = suffix_of(format_name, role)
+    suffix = _SUFFIXES[format_name][role]
     if not is_stacked:
         return f"{module}.{suffix}"
     return module if suffix == "weight" else f"{module}_{suffix}"

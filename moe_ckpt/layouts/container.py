@@ -10,7 +10,7 @@ from ..dtypes import FLOATS
 from ..errors import LayoutError, show, show_some
 from ..headers import TensorInfo
 from .experts import Experts
-from .family import CONCAT, LAYOUTS, SPLIT, Family, Form
+from .family import LAYOUTS, SPLIT, Family, Form
 from .fit import form_of
 from .sizes import Sizes, listed
 
@@ -22,12 +22,21 @@ _PROJECTIONS = ("gate", "up", "down")
 class Container:
     """Tensors that may be the experts of one layer, before they are checked.
 
-    ``forms`` are the rows of the table that these names fit. ``members`` are the tensors: by
+    ``forms`` are those of the family that these names fit. ``members`` are the tensors: by
     expert (-1 where all are in one) and position in the form.
     """
 
-    def __init__(self, layer: str, source: str, forms: Sequence[Form]) -> None:
-        self.layer, self.source, self.forms = layer, source, tuple(forms)
+    def __init__(
+        self,
+        layer: str,
+        source: str,
+        forms: Sequence[Form],
+        tensors: Mapping[str, TensorInfo],
+        family: Family,
+        sizes: Sizes,
+    ) -> None:
+        self.layer, self.source, self.forms = layer, source, forms
+        self._tensors, self._family, self._sizes = tensors, family, sizes
         self.members: dict[tuple[int, int], str] = {}
         self.biases: dict[int, str] = {}
 
@@ -36,40 +45,24 @@ class Container:
         """All tensors of the container."""
         return [*self.members.values(), *self.biases.values()]
 
-    def check(
-        self,
-        tensors: Mapping[str, TensorInfo],
-        family: Family,
-        sizes: Sizes,
-        order: Mapping[Form, str],
-        packing: str,
-    ) -> list[Experts]:
+    def check(self, packing: str) -> list[Experts]:
         """The experts, if they are complete and of the sizes that config.json names.
 
-        ``order`` says how gate and up lie in each form, ``packing`` what packed the weights if
-        something known did.
+        ``packing`` says what packed the weights, if something known did.
 
         Raises:
             LayoutError: with the shapes found and those expected.
         """
-        dtypes = {tensors[name].dtype for name in self.names}
+        dtypes = {self._tensors[name].dtype for name in self.names}
         if not dtypes <= FLOATS or len(dtypes) > 1:
             raise LayoutError(
                 f"{show(self.source)}: experts are stored as {', '.join(sorted(dtypes))}"
                 f"{f' ({packing})' if packing else ''}; expected BF16, F16 or F32 throughout; "
                 "start from the original release"
             )
-        if self.forms[0].layout == SPLIT:
-            return self._check_split(tensors, family, sizes)
-        return [self._check_stacked(tensors, family, sizes, order)]
+        return self._check_split() if self.forms[0].layout == SPLIT else [self._check_stacked()]
 
-    def _check_stacked(
-        self,
-        tensors: Mapping[str, TensorInfo],
-        family: Family,
-        sizes: Sizes,
-        order: Mapping[Form, str],
-    ) -> Experts:
+    def _check_stacked(self) -> Experts:
         leaves = self.forms[0].leaves
         names = [self.members[-1, p] for p in range(len(leaves)) if (-1, p) in self.members]
         if len(names) < len(leaves):
@@ -77,41 +70,30 @@ class Container:
                 f"{show(self.source)}: only {show_some(self.names)} is there; experts need "
                 f"{self.forms[0].describe()}"
             )
-        infos = [tensors[name] for name in names]
+        infos = [self._tensors[name] for name in names]
         shapes = " with ".join(
             f"{show(info.name.removeprefix(f'{self.source}.') if i else info.name)} "
             f"{list(info.shape)}"
             for i, info in enumerate(infos)
         )
         stored = [info.shape for info in infos]
-        form, E, I, H = form_of(stored, self.forms, family, sizes, shapes)
-        experts = self._experts(
-            family, form.layout, tuple(names[:-1]), (names[-1],), 0, E, I, H, shapes, sizes
-        )
-        biases = self._check_biases(form, tensors, experts)
-        joins = LAYOUTS[form.layout].joins_gate_up
-        return replace(experts, biases=biases, order=order[form] if joins else CONCAT)
+        form, E, I, H = form_of(stored, self.forms, self._family, self._sizes, shapes)
+        experts = self._experts(form, names[:-1], names[-1:], 0, (E, I, H), shapes)
+        return replace(experts, biases=self._check_biases(form, E, I, H))
 
-    def _check_biases(
-        self, form: Form, tensors: Mapping[str, TensorInfo], experts: Experts
-    ) -> tuple[str, ...]:
-        if not form.biases:
-            return ()
-        E, I, H = experts.num_experts, experts.intermediate, experts.hidden
-        for position, shape in enumerate(((E, 2 * I), (E, H))):
+    def _check_biases(self, form: Form, E: int, I: int, H: int) -> tuple[str, ...]:
+        shapes = ([E, 2 * I], [E, H])
+        for position, (leaf, shape) in enumerate(zip(form.biases, shapes, strict=False)):
             name = self.biases.get(position)
-            found = list(tensors[name].shape) if name else "nothing"
-            if found != list(shape):
-                leaf = form.biases[position]
+            found = list(self._tensors[name].shape) if name else "nothing"
+            if found != shape:
                 raise LayoutError(
-                    f"{show(self.source)}.{leaf}: expected a bias {list(shape)}, found {found}"
+                    f"{show(self.source)}.{leaf}: expected a bias {shape}, found {found}"
                 )
-        return tuple(self.biases[position] for position in (0, 1))
+        return tuple(self.biases[position] for position in range(len(form.biases)))
 
-    def _check_split(
-        self, tensors: Mapping[str, TensorInfo], family: Family, sizes: Sizes
-    ) -> list[Experts]:
-        count = len(family.projections)
+    def _check_split(self) -> list[Experts]:
+        form, count = self.forms[0], len(self.forms[0].leaves)
         E = max(expert for expert, _ in self.members) + 1
         missing = E * count - len(self.members)
         if missing:
@@ -122,14 +104,15 @@ class Container:
                 f"{show(self.source)}: {missing} of {E * count} expert matrices are missing, first "
                 f"{_PROJECTIONS[-count:][p]} of expert {e}"
             )
-        shapes = [tuple(tensors[self.members[e, p]].shape for p in range(count)) for e in range(E)]
+        names = [[self.members[e, p] for p in range(count)] for e in range(E)]
+        shapes = [tuple(self._tensors[name].shape for name in group) for group in names]
         found: list[Experts] = []
         start = 0
-        for stop in self._group_ends(E, family, sizes):
+        for stop in self._group_ends(E):
             text = f"{show(self.source)}.{start} {_text(shapes[start])}"
             solved = LAYOUTS[SPLIT].solve(shapes[start])
             if solved is None:
-                expected = LAYOUTS[SPLIT].describe(family.is_gated)
+                expected = LAYOUTS[SPLIT].describe(self._family.is_gated)
                 raise LayoutError(f"{text}: expected {expected}")
             for e in range(start, stop):
                 if shapes[e] != shapes[start]:
@@ -137,24 +120,21 @@ class Container:
                         f"{show(self.source)}.{e}: has matrices {_text(shapes[e])}, expert "
                         f"{start} has {_text(shapes[start])}"
                     )
-            gate_up, down = (
-                tuple(self.members[e, p] for e in range(start, stop) for p in positions)
-                for positions in (range(count - 1), (count - 1,))
-            )
-            count_here, I, H = stop - start, solved["I"], solved["H"]
-            if family.widths > 1 and sizes.widths[len(found)] != I:
+            I, H = solved["I"], solved["H"]
+            if self._family.widths > 1 and self._sizes.widths[len(found)] != I:
                 raise LayoutError(
                     f"{text}: has {I} rows of up (I), config.json says "
-                    f"{sizes.widths[len(found)]} for experts {start} to {stop - 1}"
+                    f"{self._sizes.widths[len(found)]} for experts {start} to {stop - 1}"
                 )
-            found.append(
-                self._experts(family, SPLIT, gate_up, down, start, count_here, I, H, text, sizes)
-            )
+            gate_up = [name for group in names[start:stop] for name in group[:-1]]
+            down = [group[-1] for group in names[start:stop]]
+            found.append(self._experts(form, gate_up, down, start, (stop - start, I, H), text))
             start = stop
         return found
 
-    def _group_ends(self, E: int, family: Family, sizes: Sizes) -> list[int]:
+    def _group_ends(self, E: int) -> list[int]:
         """Where each group of experts of one width ends."""
+        family, sizes = self._family, self._sizes
         if family.widths == 1:
             return [E]
         counts = sizes.counts * (family.widths // max(len(sizes.counts), 1))
@@ -168,17 +148,16 @@ class Container:
 
     def _experts(
         self,
-        family: Family,
-        layout: str,
-        gate_up: tuple[str, ...],
-        down: tuple[str, ...],
+        form: Form,
+        gate_up: Sequence[str],
+        down: Sequence[str],
         first: int,
-        E: int,
-        I: int,
-        H: int,
+        found: tuple[int, int, int],
         shapes: str,
-        sizes: Sizes,
     ) -> Experts:
+        """Experts of the sizes ``found``, E, I and H, if config.json names those."""
+        E, I, H = found
+        family, sizes = self._family, self._sizes
         for what, value, known in (
             ("experts", E, sizes.experts),
             ("rows of up (I)", I, sizes.intermediate),
@@ -194,10 +173,10 @@ class Container:
             source=self.source,
             output=f"{family.loader_name(self.layer)}.{family.split}",
             projections=family.projections,
-            layout=layout,
-            order=CONCAT,
-            gate_up=gate_up,
-            down=down,
+            layout=form.layout,
+            order=form.order,
+            gate_up=tuple(gate_up),
+            down=tuple(down),
             biases=(),
             first=first,
             num_experts=E,

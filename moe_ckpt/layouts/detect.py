@@ -20,8 +20,8 @@ from ..headers import TensorInfo
 from ..modules import set_aside
 from .container import Container
 from .experts import Experts
-from .family import SPLIT, Family, Form
-from .given import Given, family_of_unknown, orders_of, refuse_contradictions, with_layout
+from .family import Family, Form
+from .given import Given, family_of_unknown, refuse_contradictions, with_layout, with_order
 from .layers import check_layers, refuse_disagreement, stack_of
 from .names import refuse_unrestorable, restore_names
 from .packed import name_of_packing
@@ -74,7 +74,7 @@ def detect(
         raise LayoutError(
             f"{show_some(lora)}: belong to a LoRA adapter; merge it into the model first"
         )
-    family, orders = _family_of(tensors, config, given)
+    family = _family_of(tensors, config, given)
     sizes = sizes_of(config)
     for contradiction in sizes.contradictions:
         problems.add(LayoutError, contradiction)
@@ -101,8 +101,7 @@ def detect(
         )
     experts: list[Experts] = []
     for container in containers:
-        check = partial(container.check, tensors, family, sizes, orders, packing)
-        experts += problems.catch(check) or []
+        experts += problems.catch(partial(container.check, packing)) or []
     problems.catch(lambda: refuse_contradictions(experts, given))
     for layer, count in Counter(container.layer for container in containers).items():
         if count > 1:
@@ -126,19 +125,18 @@ def detect(
 
 def _family_of(
     tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], given: Given
-) -> tuple[Family, dict[Form, str]]:
-    """The row of the table, and how gate and up lie in each of its forms."""
+) -> Family:
+    """The row of the table, with what config and user say of it."""
     model_type = model_type_of(config)
     family = find_family(model_type)
     if family is not None:
-        return with_layout(family, given), orders_of(family, config, given)
+        return with_order(with_layout(family, given), config, given)
     if model_type in UNSUPPORTED:
         raise LayoutError(
             f"model type {show(model_type)} cannot be converted: {UNSUPPORTED[model_type]}"
         )
     if given.layout:
-        family = family_of_unknown(model_type, tensors, given)
-        return family, {form: form.order for form in family.forms}
+        return family_of_unknown(model_type, tensors, given)
     seen = [f"{name} {list(info.shape)}" for name, info in tensors.items() if _is_expert(info)]
     evidence = f"found {show_some(seen)}" if seen else "no tensor looks like experts either"
     known = ", ".join(sorted(t for f in FAMILIES for t in f.model_types))
@@ -166,9 +164,8 @@ def _is_stack(info: TensorInfo, sizes: Sizes) -> bool:
 
 
 def _forms(family: Family) -> str:
-    split = f"{family.split}.E.{{{', '.join(family.projections)}}}.weight"
     forms = [form.describe() for form in family.forms]
-    return " or ".join([split, *forms] if family.reads_split else forms)
+    return " or ".join([family.describe_split(), *forms] if family.reads_split else forms)
 
 
 def _bias_of_unknown(names: list[str], given: Given) -> str:
@@ -183,7 +180,7 @@ def _group(
     """Containers by layer, and names that look like experts but are not the family's."""
     names = dict.fromkeys((form.path, form.leaves) for form in family.forms)
     matchers = [
-        *([_matcher([_split_form(family)], expert=True)] if family.reads_split else []),
+        *([_matcher([family.split_form], expert=True)] if family.reads_split else []),
         *(_matcher([f for f in family.forms if (f.path, f.leaves) == these]) for these in names),
     ]
     containers: dict[tuple[str, tuple[str, ...]], Container] = {}
@@ -195,7 +192,9 @@ def _group(
                 continue
             form, layer, source = forms[0], match[1], f"{match[1]}.{match[2]}"
             key = (source, form.leaves)
-            group = containers.setdefault(key, Container(layer, source, forms))
+            group = containers.setdefault(
+                key, Container(layer, source, forms, tensors, family, sizes)
+            )
             if match["leaf"] in form.leaves:
                 expert = int(match[3] or -1)
                 group.members[expert, form.leaves.index(match["leaf"])] = name
@@ -214,11 +213,6 @@ def _group(
         [group for group in containers.values() if routed(f"{group.source}.")],
         [name for name in unmatched if routed(name)],
     )
-
-
-def _split_form(family: Family) -> Form:
-    leaves = tuple(f"{projection}.weight" for projection in family.projections)
-    return Form(SPLIT, family.split, leaves)
 
 
 def _matcher(forms: list[Form], *, expert: bool = False) -> tuple[re.Pattern[str], list[Form]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .family import INTERLEAVED, LAYOUTS, SPLIT
 
-__all__ = ["Experts", "Range"]
+__all__ = ["Experts", "Range", "Side"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,23 @@ class Range:
     tensor: str
     start: int
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Projections that read the same input: gate and up, or down.
+
+    ``rows`` holds N of each projection, ``columns`` is K. ``is_transposed``: stored [in, out].
+    ``is_interleaved``: rows of the two alternate. ``bias`` is a tensor, or '' for none.
+    """
+
+    projections: tuple[str, ...]
+    tensors: tuple[str, ...]
+    rows: tuple[int, ...]
+    columns: int
+    is_transposed: bool
+    is_interleaved: bool
+    bias: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,34 +65,44 @@ class Experts:
         return (*self.gate_up, *self.down, *self.biases)
 
     @property
-    def gate_up_rows(self) -> tuple[int, ...]:
-        """Rows of gate and of up, or of up alone."""
-        return (self.intermediate,) * (len(self.projections) - 1)
-
-    @property
-    def stores_transposed(self) -> tuple[bool, bool]:
-        """Whether gate and up, and down, are stored [in, out]."""
-        first, *_, last = LAYOUTS[self.layout].shapes
-        return first[-1] != "H", last[-1] != "I"
-
-    @property
     def is_interleaved(self) -> bool:
         """Whether rows of gate and up alternate."""
         return self.order == INTERLEAVED
 
-    def gate_up_ranges(self, expert: int) -> tuple[Range, ...]:
-        """Where gate, then up, of one expert lie; one range if they are in one tensor."""
-        rows = sum(self.gate_up_rows)
-        return self._ranges(self.gate_up, expert, rows * self.hidden)
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """Gate and up (up alone without a gate), and down."""
+        *reading, down = self.projections
+        first, *_, last = LAYOUTS[self.layout].shapes
+        I, H = self.intermediate, self.hidden
+        gate_up_bias, down_bias = self.biases or ("", "")
+        return (
+            Side(
+                projections=tuple(reading),
+                tensors=self.gate_up,
+                rows=(I,) * len(reading),
+                columns=H,
+                is_transposed=first[-1] != "H",
+                is_interleaved=self.is_interleaved,
+                bias=gate_up_bias,
+            ),
+            Side(
+                projections=(down,),
+                tensors=self.down,
+                rows=(H,),
+                columns=I,
+                is_transposed=last[-1] != "I",
+                is_interleaved=False,
+                bias=down_bias,
+            ),
+        )
 
-    def down_ranges(self, expert: int) -> tuple[Range, ...]:
-        """Where down of one expert lies."""
-        return self._ranges(self.down, expert, self.hidden * self.intermediate)
-
-    def _ranges(self, tensors: tuple[str, ...], expert: int, items: int) -> tuple[Range, ...]:
+    def ranges(self, side: Side, expert: int) -> tuple[Range, ...]:
+        """Where the matrices of one expert lie; one range if they are in one tensor."""
+        items = sum(side.rows) * side.columns
         if self.layout == SPLIT:
-            each = len(tensors) // self.num_experts
-            names = tensors[expert * each : (expert + 1) * each]
+            each = len(side.tensors) // self.num_experts
+            names = side.tensors[expert * each : (expert + 1) * each]
             return tuple(Range(name, 0, items // each) for name in names)
-        items //= len(tensors)
-        return tuple(Range(name, expert * items, items) for name in tensors)
+        items //= len(side.tensors)
+        return tuple(Range(name, expert * items, items) for name in side.tensors)

@@ -27,11 +27,6 @@ class Layout:
     summary: str
 
     @property
-    def is_per_expert(self) -> bool:
-        """Whether each expert has tensors of its own."""
-        return "E" not in "".join(dimension for shape in self.shapes for dimension in shape)
-
-    @property
     def joins_gate_up(self) -> bool:
         """Whether gate and up are in one tensor."""
         return "2I" in self.shapes[0]
@@ -109,6 +104,11 @@ class Form:
     order_flag: str = ""
     biases: tuple[str, ...] = ()
 
+    @property
+    def joins_gate_up(self) -> bool:
+        """Whether gate and up are in one tensor."""
+        return LAYOUTS[self.layout].joins_gate_up
+
     def describe(self) -> str:
         """Where the tensors are, such as ``mlp.experts.{gate_up_proj, down_proj}``."""
         return f"{self.path}.{{{', '.join(self.leaves)}}}"
@@ -159,6 +159,15 @@ class Family:
     def is_gated(self) -> bool:
         """Whether experts have a gate."""
         return len(self.projections) == 3
+
+    @property
+    def split_form(self) -> Form:
+        """The per-expert form; an expert's number is between its path and its leaves."""
+        return Form(SPLIT, self.split, tuple(f"{name}.weight" for name in self.projections))
+
+    def describe_split(self) -> str:
+        """Where the tensors of that form are; E stands for the expert."""
+        return f"{self.split}.E.{{{', '.join(self.projections)}}}.weight"
 
     @property
     def reads_split(self) -> bool:

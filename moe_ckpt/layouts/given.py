@@ -15,7 +15,7 @@ from ..errors import LayoutError, show, show_some
 from .experts import Experts
 from .family import CONCAT, LAYOUTS, ORDERS, SPLIT, Family, Form
 
-__all__ = ["Given", "family_of_unknown", "orders_of", "refuse_contradictions", "with_layout"]
+__all__ = ["Given", "family_of_unknown", "refuse_contradictions", "with_layout", "with_order"]
 
 # Leaves of experts in model types that the table does not have.
 _LEAVES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -50,9 +50,9 @@ def with_layout(family: Family, given: Given) -> Family:
     return replace(family, forms=forms)
 
 
-def orders_of(family: Family, config: Mapping[str, Any], given: Given) -> dict[Form, str]:
-    """How gate and up lie in each form of a family that the table has."""
-    orders = {}
+def with_order(family: Family, config: Mapping[str, Any], given: Given) -> Family:
+    """The family with the order of gate and up that its forms have in this checkpoint."""
+    forms = []
     for form in family.forms:
         if form.order_flag and (wrong := _not_true(config, form.order_flag)):
             if given.order is None:
@@ -61,15 +61,14 @@ def orders_of(family: Family, config: Mapping[str, Any], given: Given) -> dict[F
                     f"{form.order}; what else it means for the file is not known. If you know, "
                     f"say --gate-up-order {' or '.join(ORDERS)}"
                 )
-            orders[form] = given.order
-            continue
-        orders[form] = form.order
-        if given.order not in (None, form.order) and LAYOUTS[form.layout].joins_gate_up:
+            form = replace(form, order=given.order)
+        elif given.order not in (None, form.order) and form.joins_gate_up:
             raise LayoutError(
                 f"--gate-up-order {given.order}: family {family.name} stores gate and up "
                 f"{form.order} in {form.describe()}; leave the option out"
             )
-    return orders
+        forms.append(form)
+    return replace(family, forms=tuple(forms))
 
 
 def refuse_contradictions(experts: Iterable[Experts], given: Given) -> None:
