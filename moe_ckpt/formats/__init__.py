@@ -6,6 +6,7 @@ A row says, without torch, which tensors a quantized matrix becomes; its module 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
@@ -18,72 +19,103 @@ if TYPE_CHECKING:
 
     from .scratch import Scratch
 
-__all__ = ["FORMATS", "Codec", "Part", "QuantFormat", "find_format"]
+__all__ = ["FORMATS", "WHOLE_ROW", "Codec", "Part", "QuantFormat", "find_format"]
+
+WHOLE_ROW = 1 << 62  # columns of a part that has one item for each row
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """One tensor of a quantized matrix [N, K].
 
-    ``columns_per_item`` is how many columns of K one stored item covers; 0 for one scalar
-    per matrix.
+    An item of it stands for ``rows`` x ``columns`` weights; at the edges for what is left of them.
+    ``columns`` 0: one scalar for the matrix.
     """
 
     role: str
     dtype: str
-    columns_per_item: int
+    columns: int
+    rows: int = 1
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether the part is one number for the matrix."""
+        return self.columns == 0
 
     def shape(self, n: int, k: int) -> tuple[int, ...]:
-        """Shape of this part for a matrix [N, K]."""
-        return (n, k // self.columns_per_item) if self.columns_per_item else ()
+        """Shape of this part for a matrix [N, K]; () for a scalar."""
+        return () if self.is_scalar else (-(-n // self.rows), -(-k // self.columns))
 
     def row_nbytes(self, k: int) -> int:
-        """Bytes of one row of this part; 0 for a scalar."""
-        return nbytes_of(self.dtype, (k // self.columns_per_item,)) if self.columns_per_item else 0
+        """Bytes of one row of this part, which covers ``rows`` of the matrix; 0 for a scalar."""
+        return 0 if self.is_scalar else nbytes_of(self.dtype, self.shape(1, k))
 
 
 @dataclass(frozen=True, slots=True)
 class QuantFormat:
     """A number format as data.
 
-    ``k_multiple``: K must be a multiple of it.
+    ``module``: the module with the arithmetic, and after a colon the codec in it, if there are
+    several.
+    ``activations``: what runtimes make of the activations.
+    ``k_multiple``: K must be a multiple of it. ``n_multiple``: N must be, in every matrix that
+    is followed by another one in the module that runtimes build.
+    ``weight_bits``: bits of the code of one weight, without scales.
     ``input_scale``: each matrix carries a static activation scale.
     ``constant_input_scale``: without statistics, 1.0 is an accepted activation scale.
     ``shares_dense_amax``: linear layers that read the same input (q/k/v, gate/up) share one
-    weight amax. The experts' gate and up share theirs in every format.
+    weight amax. The experts' gate and up share theirs in every format with one for a matrix.
+    ``amax_of_rows``: the codec wants the amax of each row, not of the matrix.
     """
 
     name: str
     module: str
     summary: str
+    activations: str
+    weight_bits: int
     k_multiple: int
     parts: tuple[Part, ...]
-    input_scale: bool
-    constant_input_scale: bool
-    shares_dense_amax: bool
+    n_multiple: int = 1
+    input_scale: bool = False
+    constant_input_scale: bool = False
+    shares_dense_amax: bool = False
+    amax_of_rows: bool = False
 
     def bits_per_weight(self) -> float:
-        """Bits stored for one weight, scalars not counted."""
-        wide = 1 << 20
-        return 8 * sum(part.row_nbytes(wide) for part in self.parts) / wide
+        """Bits stored for one weight, what is stored once for a row or a matrix not counted."""
+        wide = 1 << 30
+        return (
+            8 * sum(part.row_nbytes(wide) / part.rows for part in self.parts) / wide
+        ).__round__(3)
+
+    @property
+    def row_step(self) -> int:
+        """Rows that must stay together: those that share an item of some part."""
+        return max(part.rows for part in self.parts)
 
     def codec(self) -> Codec:
-        """The module with the arithmetic; imports torch."""
-        codec: Codec = import_module(f".{self.module}", __name__)
+        """The arithmetic; imports torch."""
+        module, _, name = self.module.partition(":")
+        found = import_module(f".{module}", __name__)
+        codec: Codec = getattr(found, name) if name else found
         return codec
 
 
 class Codec(Protocol):
-    """What a format's module provides. B matrices of [N, K] share one amax each."""
+    """What a format's module provides, for B matrices of [N, K]."""
 
     def quantize(
         self,
         weight_BNK: torch.Tensor,
-        amax_B: torch.Tensor,
-        out: dict[str, torch.Tensor] | None = None,
+        amax: torch.Tensor,
+        out: Mapping[str, torch.Tensor] | None = None,
         scratch: Scratch | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Parts with rows, by role, for bf16, fp16 or fp32 weights and their fp32 amax."""
+        """Parts with rows, by role, for bf16, fp16 or fp32 weights.
+
+        ``amax`` is fp32: [B], at least the largest magnitude in each matrix, or [B, N] if the
+        format wants it for each row.
+        """
 
     def weight_scales(self, amax_B: torch.Tensor) -> dict[str, torch.Tensor]:
         """Scalar parts of the weights, by role: fp32 [B]."""
@@ -91,8 +123,8 @@ class Codec(Protocol):
     def input_scale(self, amax_B: torch.Tensor) -> torch.Tensor:
         """Activation scales, fp32 [B], from activation amax."""
 
-    def dequantize(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The fp32 weights [B, N, K] that the parts stand for."""
+    def dequantize(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The fp32 weights [B, N, K] that the parts stand for; scalars are [B]."""
 
 
 _NVFP4_PARTS = (
@@ -102,11 +134,26 @@ _NVFP4_PARTS = (
 )
 _INPUT_SCALE = Part("input_scale", "F32", 0)
 
+
+def _int4(group: int) -> QuantFormat:
+    return QuantFormat(
+        name=f"int4-g{group}",
+        module=f"int4:G{group}",
+        summary=f"4-bit integers, a scale per {group} weights",
+        activations="16-bit",
+        weight_bits=4,
+        k_multiple=group,
+        parts=(Part("qweight", "I32", 8), Part("block_scale", "BF16", group)),
+    )
+
+
 FORMATS: tuple[QuantFormat, ...] = (
     QuantFormat(
         name="nvfp4",
         module="nvfp4",
-        summary="4-bit weights and activations, a scale per 16 weights",
+        summary="4-bit floats, a scale per 16 weights",
+        activations="4-bit, static scale",
+        weight_bits=4,
         k_multiple=16,
         parts=(*_NVFP4_PARTS, _INPUT_SCALE),
         input_scale=True,
@@ -116,22 +163,82 @@ FORMATS: tuple[QuantFormat, ...] = (
     QuantFormat(
         name="nvfp4-w4a16",
         module="nvfp4",
-        summary="4-bit weights, 16-bit activations",
+        summary="4-bit floats, a scale per 16 weights",
+        activations="16-bit",
+        weight_bits=4,
         k_multiple=16,
         parts=_NVFP4_PARTS,
-        input_scale=False,
-        constant_input_scale=False,
         shares_dense_amax=True,
+    ),
+    QuantFormat(
+        name="mxfp4",
+        module="mxfp4",
+        summary="4-bit floats, a power of two per 32 weights",
+        activations="4-bit, dynamic",
+        weight_bits=4,
+        k_multiple=32,
+        parts=(Part("qweight", "U8", 2), Part("block_scale", "U8", 32)),
+    ),
+    _int4(128),
+    _int4(64),
+    _int4(32),
+    QuantFormat(
+        name="fp8-block",
+        module="fp8_block",
+        summary="8-bit floats, a scale per 128x128 weights",
+        activations="8-bit, dynamic",
+        weight_bits=8,
+        k_multiple=128,
+        n_multiple=128,
+        parts=(Part("qweight", "F8_E4M3", 1), Part("block_scale", "F32", 128, 128)),
+    ),
+    QuantFormat(
+        name="fp8-channel",
+        module="fp8_channel",
+        summary="8-bit floats, a scale per output row",
+        activations="8-bit, dynamic",
+        weight_bits=8,
+        k_multiple=1,
+        parts=(Part("qweight", "F8_E4M3", 1), Part("channel_scale", "F32", WHOLE_ROW)),
+        amax_of_rows=True,
     ),
     QuantFormat(
         name="fp8-tensor",
         module="fp8_tensor",
-        summary="8-bit weights and activations, a scale per matrix",
+        summary="8-bit floats, a scale per matrix",
+        activations="8-bit, static scale",
+        weight_bits=8,
         k_multiple=1,
         parts=(Part("qweight", "F8_E4M3", 1), Part("global_scale", "F32", 0), _INPUT_SCALE),
         input_scale=True,
-        constant_input_scale=False,
-        shares_dense_amax=False,
+    ),
+    QuantFormat(
+        name="mxfp8",
+        module="mxfp8",
+        summary="8-bit floats, a power of two per 32 weights",
+        activations="8-bit, dynamic",
+        weight_bits=8,
+        k_multiple=32,
+        parts=(Part("qweight", "F8_E4M3", 1), Part("block_scale", "U8", 32)),
+    ),
+    QuantFormat(
+        name="int8-channel",
+        module="int8_channel",
+        summary="8-bit integers, a scale per output row",
+        activations="8-bit, dynamic",
+        weight_bits=8,
+        k_multiple=1,
+        parts=(Part("qweight", "I8", 1), Part("channel_scale", "F32", WHOLE_ROW)),
+        amax_of_rows=True,
+    ),
+    QuantFormat(
+        name="bf16",
+        module="bf16",
+        summary="not quantized: experts one by one, quantized sources decoded",
+        activations="16-bit",
+        weight_bits=16,
+        k_multiple=1,
+        parts=(Part("qweight", "BF16", 1),),
     ),
 )
 
