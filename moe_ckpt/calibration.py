@@ -92,6 +92,19 @@ class Calibration:
             self.covered += len(outputs)
         return found
 
+    def output_amax(self, source: str, output: str, problems: Problems) -> float | None:
+        """The output amax of a linear layer, for the KV cache; None, and a problem, without one."""
+        names = {source, output, *self._transformers_names(output)}
+        found = [self.stats.output_amax.get(alias) for name in names for alias in self._names(name)]
+        amax = largest(found)
+        if not amax:
+            problems.add(
+                StatsError,
+                f"{show(output)}: has no output_amax in the statistics, which --kv-cache fp8 takes "
+                "its scale from; calibrate again, and record outputs",
+            )
+        return amax
+
     def warnings(self, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
         """What the user should know about the statistics."""
         found = []
@@ -139,12 +152,17 @@ class Calibration:
                 if rest.startswith(ours):
                     yield f"{match[1]}.{theirs}{rest.removeprefix(ours)}".rstrip(".")
 
-    def _find(self, name: str) -> Amax:
-        """The entry of a module under the name that loaders give it, or transformers."""
+    def _names(self, name: str) -> list[str]:
+        """A module's name as loaders give it, and as transformers does."""
         names = [name]
         for theirs, ours in self.detection.family.prefixes:
             if name.startswith(ours):
                 names.append(theirs + name.removeprefix(ours))
+        return names
+
+    def _find(self, name: str) -> Amax:
+        """The entry of a module under the name that loaders give it, or transformers."""
+        names = self._names(name)
         self._known.update(names)
         entries = (self.stats.input_amax.get(known) for known in names)
         return next((amax for amax in entries if amax is not None), None)

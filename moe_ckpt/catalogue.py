@@ -1,14 +1,91 @@
-"""The table of families as text for people and as JSON for programs."""
+"""The tables of families and of formats, as text for people and as JSON for programs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+from .dialects import DIALECTS, dialect_for
+from .fitting import tensor_parallel_sizes
+from .formats import FORMATS, QuantFormat
 from .layouts import CHECKS, FAMILIES, LAYOUTS, SPLIT, UNSUPPORTED, Family
 from .loaders import split_loaders
 
-__all__ = ["layouts_document", "layouts_lines"]
+__all__ = ["formats_document", "formats_lines", "layouts_document", "layouts_lines"]
+
+
+def formats_document() -> dict[str, Any]:
+    """Number formats and dialects, as a JSON-like document."""
+    return {
+        "schema": "moe-ckpt/formats",
+        "version": 1,
+        "formats": [_format_row(row) for row in FORMATS],
+        "dialects": [{"name": d.name, "summary": d.summary} for d in DIALECTS],
+    }
+
+
+def formats_lines() -> Iterator[str]:
+    """The same as lines of text."""
+    for row in FORMATS:
+        found = _format_row(row)
+        yield f"{row.name}: {row.summary}; activations {row.activations}"
+        yield (
+            f"  bits      {found['bits_per_weight']:g} a weight, {found['percent_of_bf16']}% of "
+            "bf16, what is stored once for a row or a matrix not counted"
+        )
+        rows = f", rows of {row.n_multiple}" if row.n_multiple > 1 else ""
+        yield f"  sizes     multiples of {row.k_multiple} columns{rows}"
+        yield f"  stats     {found['statistics']}"
+        for spelled in found["dialects"]:
+            mark = ", the default" if spelled["default"] else ""
+            loaders = ", ".join(spelled["loads_in"]) or "no runtime known"
+            yield f"  dialect   {spelled['name']}{mark}: {loaders}"
+        for refused in found["refused"]:
+            yield f"  not in    {refused['dialect']}: {refused['reason']}"
+        yield ""
+    yield "Dialects"
+    for dialect in DIALECTS:
+        yield f"  {dialect.name:20}{dialect.summary}"
+    yield ""
+    yield "The runtimes are those that read Mixture-of-Experts models in that format; which of them"
+    yield "read a family's experts, `moe-ckpt layouts` says. Tensor parallelism cuts the experts' I:"
+    example = 768
+    sizes = {row.name: tensor_parallel_sizes(row, example) for row in FORMATS}
+    yield f"for I = {example} it may be"
+    for name, tp in sizes.items():
+        yield f"  {name:20}{', '.join(map(str, tp)) or 'none: I does not fit'}"
+
+
+def _format_row(row: QuantFormat) -> dict[str, Any]:
+    default = dialect_for([row.name], None)
+    bits = row.bits_per_weight()
+    statistics = "not used"
+    if row.input_scale:
+        statistics = "used; without them input scale 1.0" * row.constant_input_scale or "needed"
+    return {
+        "name": row.name,
+        "summary": row.summary,
+        "activations": row.activations,
+        "bits_per_weight": bits,
+        "percent_of_bf16": round(100 * bits / 16),
+        "k_multiple": row.k_multiple,
+        "n_multiple": row.n_multiple,
+        "statistics": statistics,
+        "dialects": [
+            {
+                "name": dialect.name,
+                "default": dialect is default,
+                "loads_in": list(dialect.spelling(row.name).loaders),
+            }
+            for dialect in DIALECTS
+            if row.name in dialect.spellings
+        ],
+        "refused": [
+            {"dialect": dialect.name, "reason": dialect.refused[row.name]}
+            for dialect in DIALECTS
+            if row.name in dialect.refused
+        ],
+    }
 
 
 def layouts_document() -> dict[str, Any]:

@@ -31,7 +31,7 @@ _OTHER_WEIGHTS = (
     ".bin .ckpt .gguf .h5 .mlmodel .msgpack .npy .npz .onnx .ot .pickle .pkl .pt .pth .safetensors"
 ).split()
 _SKIPPED_FOLDERS = {".cache", ".git", ".moe-ckpt", "original"}
-_REWRITTEN = {CONFIG, INDEX, "hf_quant_config.json"}
+_REWRITTEN = {CONFIG, INDEX, "hf_quant_config.json", "moe-ckpt-recipe.toml"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,15 +79,37 @@ def cli() -> None:
 @click.option(
     "--format",
     "format_",
-    default="nvfp4",
-    show_default=True,
-    help="nvfp4, nvfp4-w4a16 or fp8-tensor.",
+    metavar="NAME",
+    help="Number format, nvfp4 if not given; `moe-ckpt formats` lists them.",
 )
 @click.option(
     "--quantize",
-    default="experts",
+    metavar="WHAT",
+    help="experts: routed experts only, if not given; linear: every linear layer.",
+)
+@click.option(
+    "--recipe",
+    metavar="FILE",
+    help="TOML that says which modules become which format, instead of the two above.",
+)
+@click.option(
+    "--dialect",
+    metavar="NAME",
+    help="modelopt, compressed-tensors or fp8; what most runtimes load if not given.",
+)
+@click.option(
+    "--kv-cache",
+    default="none",
     show_default=True,
-    help="experts: routed experts only; linear: every linear layer.",
+    help="fp8: write scales for an FP8 KV cache, from output_amax in the statistics.",
+)
+@click.option(
+    "--weight-amax", metavar="FILE", help="What `moe-ckpt scan` found in IN; saves a pass over it."
+)
+@click.option(
+    "--allow-requantize",
+    is_flag=True,
+    help="Round 4-bit weights a second time, to another 4-bit format.",
 )
 @_experts_options
 @click.option(
@@ -111,8 +133,13 @@ def convert(
     in_dir: str,
     out_dir: str,
     stats: tuple[str, ...],
-    format_: str,
-    quantize: str,
+    format_: str | None,
+    quantize: str | None,
+    recipe: str | None,
+    dialect: str | None,
+    kv_cache: str,
+    weight_amax: str | None,
+    allow_requantize: bool,
     experts: str,
     layout: str | None,
     gate_up_order: str | None,
@@ -139,6 +166,11 @@ def convert(
         stats=stats,
         format=format_,
         quantize=quantize,
+        recipe=recipe,
+        dialect=dialect,
+        kv_cache=kv_cache,
+        weight_amax=weight_amax,
+        allow_requantize=allow_requantize,
         experts=experts,
         layout=layout,
         gate_up_order=gate_up_order,
@@ -152,7 +184,8 @@ def convert(
         if as_json:
             _print_json(plan_document(plan))
         return
-    from .conversion import execute, pick_device
+    from .conversion import execute
+    from .pool import pick_device
 
     chosen = pick_device(device)
     with Progress(plan, _say, quiet=quiet) as report:
@@ -182,6 +215,56 @@ def inspect(
     else:
         _say(plan_lines(plan))
     _say_notes(plan, quiet=as_json)
+
+
+@cli.command()
+@_in_dir
+@click.option(
+    "-o", "--output", "out_file", required=True, metavar="FILE", callback=_named, help="To write."
+)
+@click.option("--layout", metavar="NAME", help="See convert.")
+@click.option("--gate-up-order", metavar="ORDER", help="See convert.")
+@click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; same numbers."
+)
+@click.option("--overwrite", is_flag=True, help="Replace FILE.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
+def scan(
+    in_dir: str,
+    out_file: str,
+    layout: str | None,
+    gate_up_order: str | None,
+    device: str,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Find the largest magnitude of every weight in IN, for convert --weight-amax."""
+    from .pool import pick_device
+    from .scan import scan as scan_folder
+
+    count = scan_folder(
+        in_dir,
+        out_file,
+        device=pick_device(device),
+        layout=layout,
+        gate_up_order=gate_up_order,
+        overwrite=overwrite,
+    )
+    if not quiet:
+        _say([f"amax of {count:,} modules written to {out_file}"])
+
+
+@cli.command()
+@_json_option
+def formats(as_json: bool) -> None:
+    """List number formats: their size, what they need, how they are spelled, who reads them."""
+    from .catalogue import formats_document, formats_lines
+
+    if as_json:
+        _print_json(formats_document())
+    else:
+        for line in formats_lines():
+            click.echo(line)
 
 
 @cli.command()

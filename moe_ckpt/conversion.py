@@ -5,20 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
-from typing import TypeVar
 
 import torch
 
-from .errors import EnvironmentFaultError, MoeCkptError, UsageError, show
-from .formats import find_format
 from .plan import Job, OutShard, Plan
-from .planner import DEFAULT_FORMAT, DEFAULT_SHARD_SIZE, make_plan
+from .planner import DEFAULT_SHARD_SIZE, make_plan
+from .pool import Pool, environment_faults, one_torch_thread, pick_device
 from .quantizer import Worker
 from .reader import SourceReader
 from .schedule import CPU, CUDA, Budget, batches
@@ -26,20 +21,22 @@ from .writer import OutputFolder, ShardWriter, check_out_dir
 
 __all__ = ["Result", "convert", "execute"]
 
-T = TypeVar("T")
-
 # Told after each piece of work: bytes of weights read, and the shard if it was just finished.
 Progress = Callable[[int, OutShard | None], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished conversion."""
+    """A finished conversion.
+
+    ``inexact_blocks``: blocks of MXFP4 that NVFP4 could not hold exactly.
+    """
 
     plan: Plan
     out_dir: Path
     device: str
     seconds: float
+    inexact_blocks: int = 0
 
 
 def convert(
@@ -47,8 +44,13 @@ def convert(
     out_dir: str | os.PathLike[str],
     *,
     stats: Iterable[str | os.PathLike[str]] = (),
-    format: str = DEFAULT_FORMAT,
-    quantize: str = "experts",
+    format: str | None = None,
+    quantize: str | None = None,
+    recipe: str | os.PathLike[str] | None = None,
+    dialect: str | None = None,
+    kv_cache: str = "none",
+    weight_amax: str | os.PathLike[str] | None = None,
+    allow_requantize: bool = False,
     experts: str = "auto",
     layout: str | None = None,
     gate_up_order: str | None = None,
@@ -65,6 +67,11 @@ def convert(
         stats: see `make_plan`.
         format: see `make_plan`.
         quantize: see `make_plan`.
+        recipe: see `make_plan`.
+        dialect: see `make_plan`.
+        kv_cache: see `make_plan`.
+        weight_amax: see `make_plan`.
+        allow_requantize: see `make_plan`.
         experts: see `make_plan`.
         layout: see `make_plan`.
         gate_up_order: see `make_plan`.
@@ -87,6 +94,11 @@ def convert(
         stats=stats,
         format=format,
         quantize=quantize,
+        recipe=recipe,
+        dialect=dialect,
+        kv_cache=kv_cache,
+        weight_amax=weight_amax,
+        allow_requantize=allow_requantize,
         experts=experts,
         layout=layout,
         gate_up_order=gate_up_order,
@@ -109,15 +121,16 @@ def execute(
     started = time.monotonic()
     budget = budget or (CUDA if device.type == "cuda" else CPU)
     report = progress or (lambda *_: None)
-    with _environment_faults():
+    with environment_faults():
         folder = OutputFolder(plan, Path(out_dir), overwrite=overwrite)
         reader = SourceReader(plan.source_shards)
         try:
-            with _one_torch_thread():
-                make_worker = partial(Worker, reader, find_format(plan.format), device, budget)
-                with _Pool(budget.workers, make_worker) as pool:
+            with one_torch_thread():
+                make_worker = partial(Worker, reader, device, budget)
+                with Pool(budget.workers, make_worker) as pool:
                     for shard in plan.shards:
                         _write_shard(folder, shard, pool, budget, report)
+                    inexact = sum(worker.inexact_blocks for worker in pool.workers)
             reader.check_unchanged()
             reader.close()
             folder.finish(plan)
@@ -125,72 +138,16 @@ def execute(
             reader.close()
             folder.discard()
             raise
-    return Result(plan, Path(out_dir), str(device), time.monotonic() - started)
-
-
-def pick_device(name: str) -> torch.device:
-    """The torch device for a name; "auto" is CUDA where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device {show(name)!r} is unknown; choose auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise EnvironmentFaultError(
-            f"device {name}: torch finds {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
-    return device
-
-
-class _Pool:
-    """Threads with a `Worker` each; tasks are called with a free worker."""
-
-    def __init__(self, size: int, make_worker: Callable[[], Worker]) -> None:
-        self._threads = ThreadPoolExecutor(size)
-        self._free: SimpleQueue[Worker] = SimpleQueue()
-        for _ in range(size):
-            self._free.put(make_worker())
-
-    def __enter__(self) -> _Pool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
-
-    def run(self, tasks: Iterable[Callable[[Worker], T]], done: Callable[[T], object]) -> None:
-        """Run all tasks and pass on what they return; the first error cancels the rest."""
-        futures = {self._threads.submit(self._call, task) for task in tasks}
-        try:
-            while futures:
-                finished, futures = wait(futures, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    done(future.result())
-        except BaseException:
-            _cancel(futures)
-            raise
-
-    def _call(self, task: Callable[[Worker], T]) -> T:
-        worker = self._free.get()
-        try:
-            return task(worker)
-        finally:
-            self._free.put(worker)
-
-
-def _cancel(futures: set[Future[T]]) -> None:
-    for future in futures:
-        future.cancel()
-    wait(futures)
+    return Result(plan, Path(out_dir), str(device), time.monotonic() - started, inexact)
 
 
 def _write_shard(
-    folder: OutputFolder, shard: OutShard, pool: _Pool, budget: Budget, report: Progress
+    folder: OutputFolder, shard: OutShard, pool: Pool, budget: Budget, report: Progress
 ) -> None:
     out = folder.open_shard(shard)
     try:
+        for constant in shard.constants:
+            out.write(constant.offset, memoryview(constant.data))
         tasks = _tasks(shard, _shared_amax(shard, pool, budget), budget, out)
         pool.run(tasks, lambda nbytes: report(nbytes, None))
     except BaseException:
@@ -200,14 +157,17 @@ def _write_shard(
     report(0, shard)
 
 
-def _shared_amax(shard: OutShard, pool: _Pool, budget: Budget) -> dict[Job, float]:
+def _shared_amax(shard: OutShard, pool: Pool, budget: Budget) -> dict[Job, float]:
     """One amax for all slabs of each job that stacks them: it is needed before the first."""
     found = {}
     for job in shard.jobs:
         if job.is_stacked:
-            amax: list[float] = []
-            tasks = (partial(Worker.amax, batch=batch) for batch in batches(job, budget))
-            pool.run(tasks, amax.append)
+            known = [slab.amax for slab in job.slabs]
+            amax = [value for value in known if value is not None]
+            if len(amax) < len(known) or job.is_recoded:
+                amax = []
+                tasks = (partial(Worker.amax, batch=batch) for batch in batches(job, budget))
+                pool.run(tasks, amax.extend)
             found[job] = max(amax)
     return found
 
@@ -218,44 +178,8 @@ def _tasks(
     for item in shard.copies:
         yield partial(Worker.copy, item=item, out=out)
     for job in shard.jobs:
-        amax = shared_amax.get(job) if job.is_stacked else None
+        shared = shared_amax.get(job) if job.is_stacked else None
         for batch in batches(job, budget):
-            yield partial(Worker.quantize, batch=batch, out=out, amax=amax)
+            yield partial(Worker.convert, batch=batch, out=out, shared=shared)
 
 
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Our threads are the parallelism: torch's own would contend with them for the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _environment_faults() -> Iterator[None]:
-    """Turn failures of the machine into `EnvironmentFaultError`."""
-    try:
-        yield
-    except MoeCkptError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise EnvironmentFaultError(
-            f"GPU memory ran out ({show(error)}); free some, or use --device cpu"
-        ) from error
-    except MemoryError as error:
-        raise EnvironmentFaultError("memory ran out; free some and run again") from error
-    except OSError as error:
-        name = f"{show(error.filename)}: " if error.filename else ""
-        raise EnvironmentFaultError(
-            f"{name}{error.strerror or show(error)}; nothing usable was left in the output folder, "
-            "run again once this is mended"
-        ) from error
-    except RuntimeError as error:
-        if "CUDA" not in str(error):
-            raise
-        raise EnvironmentFaultError(
-            f"the GPU failed ({show(error)}); run again, or use --device cpu"
-        ) from error

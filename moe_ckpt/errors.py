@@ -7,6 +7,8 @@
     |   +-- LayoutError                   experts stored in a way that cannot be converted
     |   +-- FormatError                   sizes that the number format cannot hold
     |   +-- StatsError                    the activation statistics file
+    |   +-- RecipeError                   the recipe
+    |   +-- AmaxError                     the file of weight amax
     +-- OutputRefusedError            4   the output folder is not ours to write
     +-- EnvironmentFaultError         5   disk, memory, I/O or GPU: fix it and run again
     +-- InterruptedConversionError    130, 143 after SIGTERM, 129 after SIGHUP
@@ -21,6 +23,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 __all__ = [
+    "AmaxError",
     "CheckpointError",
     "EnvironmentFaultError",
     "FormatError",
@@ -29,6 +32,7 @@ __all__ = [
     "LayoutError",
     "MoeCkptError",
     "OutputRefusedError",
+    "RecipeError",
     "StatsError",
     "UsageError",
     "show",
@@ -75,6 +79,14 @@ class FormatError(InputError):
 
 class StatsError(InputError):
     """An activation statistics file that is invalid or does not fit the model."""
+
+
+class RecipeError(InputError):
+    """A recipe that is invalid or does not fit the model."""
+
+
+class AmaxError(InputError):
+    """A file of weight amax that is invalid or belongs to another checkpoint."""
 
 
 class OutputRefusedError(MoeCkptError):

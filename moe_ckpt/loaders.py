@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .dialects import LOADERS
+from collections.abc import Sequence
+
+from .dialects import Dialect
 from .errors import LayoutError, show, show_some
 from .layouts import Detection, Family
 from .layouts.family import TRANSFORMERS, TRTLLM
@@ -25,8 +27,8 @@ def split_loaders(family: Family, model_type: str) -> tuple[str, ...]:
     return (*family.loaders, *([TRTLLM] if model_type in _IN_TENSORRT_LLM else []))
 
 
-def form_of_experts(detection: Detection, wanted: str) -> str:
-    """The form of experts, split or fused, for ``wanted`` as in `EXPERTS`.
+def form_of_experts(detection: Detection, wanted: str, formats: Sequence[str]) -> str:
+    """The form of experts, split or fused, for ``wanted`` as in `EXPERTS`, in these formats.
 
     "auto" is what most runtimes read, split if both are read by as many.
 
@@ -36,7 +38,7 @@ def form_of_experts(detection: Detection, wanted: str) -> str:
     family, model_type = detection.family, show(detection.model_type)
     form = wanted
     if wanted == "auto":
-        fused = max(map(len, family.fused_loaders.values()), default=0)
+        fused = max((len(family.fused_loaders.get(name, ())) for name in formats), default=0)
         split = len(split_loaders(family, detection.model_type))
         form = "fused" if fused > split else "split"
         if not fused and not split and family.instead:
@@ -50,7 +52,14 @@ def form_of_experts(detection: Detection, wanted: str) -> str:
                 f"--experts fused: ModelOpt has no fused export of model type {model_type}; say "
                 "--experts split"
             )
-        split_ones = [e.source for e in detection.experts if e.layout != "fused-transposed"]
+        unknown = [name for name in formats if name not in family.fused_loaders]
+        if unknown:
+            raise LayoutError(
+                f"--experts fused: of model type {model_type} it is known for "
+                f"{', '.join(family.fused_loaders)}, not for {', '.join(unknown)}; say --experts "
+                "split"
+            )
+        split_ones = [e.source for e in detection.experts if not e.layout.startswith("fused")]
         if split_ones:
             raise LayoutError(
                 f"{show_some(split_ones)}: is not fused in the source, and --experts fused keeps "
@@ -59,23 +68,36 @@ def form_of_experts(detection: Detection, wanted: str) -> str:
     return form
 
 
-def loaders_of(detection: Detection, form: str, format_name: str) -> tuple[str, ...]:
-    """The runtimes that read the model, its experts in this form, and the number format."""
+def loaders_of(
+    detection: Detection,
+    form: str,
+    dialect: Dialect,
+    of_experts: Sequence[str],
+    formats: Sequence[str],
+) -> tuple[str, ...]:
+    """The runtimes that read the model, its experts in this form, and all its formats."""
     family = detection.family
-    known = split_loaders(family, detection.model_type)
+    known = set(split_loaders(family, detection.model_type))
     if form == "fused":
-        known = family.fused_loaders.get(format_name, ())
-    return tuple(name for name in LOADERS[format_name] if name in known)
+        known = set.intersection(*(set(family.fused_loaders.get(f, ())) for f in of_experts))
+    names = [dialect.spelling(name).loaders for name in formats]
+    return tuple(name for name in names[0] if name in known and all(name in n for n in names))
 
 
-def loader_warnings(detection: Detection, form: str, format_name: str) -> tuple[str, ...]:
+def loader_warnings(
+    detection: Detection,
+    form: str,
+    dialect: Dialect,
+    of_experts: Sequence[str],
+    formats: Sequence[str],
+) -> tuple[str, ...]:
     """What the user should know before relying on a runtime."""
     family, model_type = detection.family, show(detection.model_type)
     found = []
-    if not loaders_of(detection, form, format_name):
+    if not loaders_of(detection, form, dialect, of_experts, formats):
         found.append(
-            f"no runtime is known to load {format_name} of model type {model_type} with {form} "
-            "experts; try the result before you rely on it"
+            f"no runtime is known to load {' and '.join(formats)} of model type {model_type} with "
+            f"{form} experts in dialect {dialect.name}; try the result before you rely on it"
         )
     if family.instead:
         found.append(f"model type {model_type}: {family.instead}")

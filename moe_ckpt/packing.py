@@ -6,18 +6,16 @@ expert. The experts of a layer are one unit that may be cut between experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from .checkpoint import SINGLE
+from .dialects import Dialect
 from .dtypes import nbytes_of
-from .formats import Part, QuantFormat
-from .plan import Copy, Job, OutShard, OutTensor, Read, Region, by_alignment, header_of
+from .formats import Part
+from .plan import Constant, Copy, Job, OutShard, OutTensor, Read, Region, by_alignment, header_of
 
-__all__ = ["CopyUnit", "NameOf", "QuantUnit", "pack"]
-
-# The name of an output tensor: from its module, its role, and whether experts are stacked in it.
-NameOf = Callable[[str, str, bool], str]
+__all__ = ["ConstantUnit", "CopyUnit", "QuantUnit", "Unit", "pack"]
 
 # Readers refuse headers over 100 MB; an entry is its name and at most this much more.
 HEADER_CAP_NBYTES = 90_000_000
@@ -36,6 +34,14 @@ class CopyUnit:
 
 
 @dataclass(frozen=True, slots=True)
+class ConstantUnit:
+    """An output tensor whose bytes the plan decides."""
+
+    tensor: OutTensor
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class QuantUnit:
     """Jobs whose slabs go together: slab i of each lands in one shard."""
 
@@ -46,6 +52,9 @@ class QuantUnit:
         """How many pieces the unit may be cut into."""
         first = self.jobs[0]
         return 1 if first.is_stacked else len(first.slabs)
+
+
+Unit = CopyUnit | ConstantUnit | QuantUnit
 
 
 @dataclass(slots=True)
@@ -63,15 +72,11 @@ class _Bin:
     nbytes: int = 0
     header_nbytes: int = 0
     copies: list[CopyUnit] = field(default_factory=list)
+    constants: list[ConstantUnit] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
 
 
-def pack(
-    units: Iterable[CopyUnit | QuantUnit],
-    number_format: QuantFormat,
-    name_of: NameOf,
-    max_nbytes: int,
-) -> list[OutShard]:
+def pack(units: Iterable[Unit], dialect: Dialect, max_nbytes: int) -> list[OutShard]:
     """Fill shards in order, each with at most ``max_nbytes`` of tensors.
 
     A single piece that is larger gets a shard of its own.
@@ -94,8 +99,15 @@ def pack(
             into.nbytes += unit.read.nbytes
             into.header_nbytes += header_nbytes
             continue
+        if isinstance(unit, ConstantUnit):
+            header_nbytes = len(unit.tensor.name.encode()) + _ENTRY_NBYTES
+            into = room_for(len(unit.data), header_nbytes)
+            into.constants.append(unit)
+            into.nbytes += len(unit.data)
+            into.header_nbytes += header_nbytes
+            continue
         done = 0
-        nbytes, header_nbytes = _piece_nbytes(unit, number_format)
+        nbytes, header_nbytes = _piece_nbytes(unit, dialect)
         while done < unit.count:
             into = room_for(nbytes, header_nbytes)
             fits = min(
@@ -108,21 +120,22 @@ def pack(
             into.header_nbytes += header_nbytes * count
             done += count
     names = _shard_names(len(bins))
-    return [
-        _place(name, filled, number_format, name_of)
-        for name, filled in zip(names, bins, strict=True)
-    ]
+    return [_place(name, filled, dialect) for name, filled in zip(names, bins, strict=True)]
 
 
-def _piece_nbytes(unit: QuantUnit, number_format: QuantFormat) -> tuple[int, int]:
+def _piece_nbytes(unit: QuantUnit, dialect: Dialect) -> tuple[int, int]:
     """Output bytes and header bytes of one piece: a slab of each job, or all of a stack."""
     nbytes = header_nbytes = 0
     for job in unit.jobs:
         slabs = len(job.slabs) if job.is_stacked else 1
-        for part in number_format.parts:
+        tensors = len(job.parts)
+        for part in job.parts:
             nbytes += slabs * _slab_nbytes(job, part)
+        if dialect.spelling(job.format).shape_suffix:
+            nbytes += 2 * 8 * len(job.rows)
+            tensors += 1
         longest = max(len(name.encode()) for slab in job.slabs for name in slab.modules)
-        header_nbytes += len(job.rows) * len(number_format.parts) * (longest + _ENTRY_NBYTES)
+        header_nbytes += len(job.rows) * tensors * (longest + _ENTRY_NBYTES)
     return nbytes, header_nbytes
 
 
@@ -140,14 +153,16 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
 
 
-def _place(name: str, filled: _Bin, number_format: QuantFormat, name_of: NameOf) -> OutShard:
+def _place(name: str, filled: _Bin, dialect: Dialect) -> OutShard:
     """Order the tensors of a shard and compute all offsets."""
     copies = [_Run(list(unit.tensors)) for unit in filled.copies]
+    shapes = [unit for job in filled.jobs for unit in _shapes(job, dialect)]
+    fixed = [*filled.constants, *shapes]
+    constants = [_Run([unit.tensor]) for unit in fixed]
     regions = [
-        [_Run(list(_job_tensors(job, part, name_of))) for part in number_format.parts]
-        for job in filled.jobs
+        [_Run(list(_job_tensors(job, part, dialect))) for part in job.parts] for job in filled.jobs
     ]
-    runs = [*copies, *(run for of_job in regions for run in of_job)]
+    runs = [*copies, *constants, *(run for of_job in regions for run in of_job)]
     runs.sort(key=lambda run: by_alignment(run.tensors[0]))
     position = 0
     for run in runs:
@@ -161,7 +176,7 @@ def _place(name: str, filled: _Bin, number_format: QuantFormat, name_of: NameOf)
             job.placed(
                 tuple(
                     _region(job, part, run.offset)
-                    for part, run in zip(number_format.parts, of_job, strict=True)
+                    for part, run in zip(job.parts, of_job, strict=True)
                 )
             )
             for job, of_job in zip(filled.jobs, regions, strict=True)
@@ -170,25 +185,41 @@ def _place(name: str, filled: _Bin, number_format: QuantFormat, name_of: NameOf)
             Copy(unit.source, unit.read, run.offset, unit.reason, unit.pair_nbytes)
             for unit, run in zip(filled.copies, copies, strict=True)
         ),
+        constants=tuple(
+            Constant(run.offset, unit.data) for unit, run in zip(fixed, constants, strict=True)
+        ),
         header_nbytes=len(header_of(tensors)),
         data_nbytes=position,
     )
 
 
-def _job_tensors(job: Job, part: Part, name_of: NameOf) -> Iterator[OutTensor]:
+def _shapes(job: Job, dialect: Dialect) -> Iterator[ConstantUnit]:
+    """The tensors that say N and K of each matrix, where the dialect has them."""
+    suffix = dialect.spelling(job.format).shape_suffix
+    for slab in job.slabs if suffix else ():
+        for module, n in zip(slab.modules, job.rows, strict=True):
+            data = b"".join(size.to_bytes(8, "little") for size in (n, job.columns))
+            yield ConstantUnit(OutTensor(f"{module}.{suffix}", "I64", (2,)), data)
+
+
+def _job_tensors(job: Job, part: Part, dialect: Dialect) -> Iterator[OutTensor]:
     shapes = [part.shape(n, job.columns) for n in job.rows]
+
+    def name_of(module: str) -> str:
+        return dialect.tensor_name(job.format, module, part.role, job.is_stacked)
+
     if job.is_stacked:
         (module,), (shape,) = job.slabs[0].modules, shapes
-        stacked = (len(job.slabs), *shape[::-1]) if shape else ()
-        yield OutTensor(name_of(module, part.role, True), part.dtype, stacked)
+        stacked = (len(job.slabs), *shape[::-1]) if shape else dialect.scalar_shape
+        yield OutTensor(name_of(module), part.dtype, stacked)
         return
     for slab in job.slabs:
         for module, shape in zip(slab.modules, shapes, strict=True):
-            yield OutTensor(name_of(module, part.role, False), part.dtype, shape)
+            yield OutTensor(name_of(module), part.dtype, shape or dialect.scalar_shape)
 
 
 def _region(job: Job, part: Part, offset: int) -> Region:
     row_nbytes = part.row_nbytes(job.columns)
     if job.is_stacked and row_nbytes:
-        row_nbytes = nbytes_of(part.dtype, (job.slab_rows,))
+        row_nbytes = nbytes_of(part.dtype, part.shape(job.slab_rows, 1)[:1])
     return Region(part.role, offset, _slab_nbytes(job, part), row_nbytes)

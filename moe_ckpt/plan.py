@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .checkpoint import SideFile
 from .dtypes import itemsize, nbytes_of
+from .formats import Part
 from .headers import Shard
 from .layouts import Experts
 
-__all__ = ["Copy", "Job", "OutShard", "OutTensor", "Plan", "Read", "Region", "Slab"]
-__all__ += ["by_alignment", "header_of", "index_of"]
+__all__ = ["Constant", "Copy", "Encoded", "Job", "OutShard", "OutTensor", "Plan", "Read"]
+__all__ += ["Region", "Slab", "by_alignment", "header_of", "index_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +33,41 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
+class Encoded:
+    """How source weights are stored: as the parts of a number format, in their dtypes.
+
+    The code comes first; weights that are not quantized have no other part, and format "bf16"
+    whatever their dtype. ``inverse``: roles that hold the reciprocal.
+    """
+
+    format: str
+    parts: tuple[Part, ...]
+    inverse: tuple[str, ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weights are not quantized."""
+        return self.format == "bf16"
+
+    @property
+    def row_step(self) -> int:
+        """Rows that share an item of some part."""
+        return max(part.rows for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
 class Slab:
     """Matrices stacked by rows that share one weight amax, such as gate and up of an expert.
 
-    ``reads`` are its source bytes in order, ``labels`` what to call each in a message;
-    ``modules`` are the output modules, one for each part.
+    ``reads``: for each source tensor in order, the bytes of each of its parts. ``labels``: what to
+    call each tensor in a message. ``modules``: the output modules, one for each part of the rows.
+    ``amax``: the largest magnitude, if an earlier scan found it.
     """
 
-    reads: tuple[Read, ...]
+    reads: tuple[tuple[Read, ...], ...]
     modules: tuple[str, ...]
     labels: tuple[str, ...]
+    amax: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +86,32 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Slabs of one shape that become quantized matrices in one output shard.
+    """Slabs of one shape that become matrices of one format in one output shard.
 
-    ``rows`` holds N of each part, ``columns`` is K. ``input_amax`` is shared by all slabs; None
-    stands for the constant activation scale 1.0.
+    ``source_rows`` holds N of each source tensor of a slab, ``rows`` of each output module,
+    ``columns`` is K. ``dtype`` is that of the weights when they are decoded. ``parts`` are what a
+    matrix becomes; ``inverse`` are the roles of which the output stores the reciprocal.
+
+    ``is_recoded``: the parts are moved as they are, or cast exactly, and not quantized anew.
+    ``input_amax`` is shared by all slabs; None stands for the input scale of the source if it has
+    one and is recoded, else for the constant 1.0.
 
     ``is_transposed``: the source stores slabs [K, N]. ``is_interleaved``: rows of the two parts
     alternate there. ``is_stacked``: all slabs share one amax and become one tensor [S, K, N] for
-    each role, as the source has them.
+    each role.
     """
 
     slabs: tuple[Slab, ...]
+    source_rows: tuple[int, ...]
     rows: tuple[int, ...]
     columns: int
+    encoded: Encoded
     dtype: str
-    input_amax: float | None
+    format: str
+    parts: tuple[Part, ...]
+    inverse: tuple[str, ...] = ()
+    input_amax: float | None = None
+    is_recoded: bool = False
     is_transposed: bool = False
     is_interleaved: bool = False
     is_stacked: bool = False
@@ -87,8 +124,14 @@ class Job:
 
     @property
     def slab_nbytes(self) -> int:
-        """Source bytes of one slab."""
+        """Bytes of one slab when it is decoded."""
         return nbytes_of(self.dtype, (self.slab_rows, self.columns))
+
+    @property
+    def read_nbytes(self) -> int:
+        """Source bytes of all slabs."""
+        first = self.slabs[0]
+        return len(self.slabs) * sum(read.nbytes for reads in first.reads for read in reads)
 
     @property
     def stored_shape(self) -> tuple[int, int]:
@@ -98,7 +141,7 @@ class Job:
 
     @property
     def stored_row_nbytes(self) -> int:
-        """Source bytes of one stored row."""
+        """Bytes of one stored row when it is decoded."""
         return nbytes_of(self.dtype, self.stored_shape[1:])
 
     def placed(self, regions: tuple[Region, ...]) -> Job:
@@ -119,6 +162,14 @@ class Copy:
     offset: int
     reason: str
     pair_nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """Bytes that the plan itself decides; ``offset`` counts from the start of the output data."""
+
+    offset: int
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +194,7 @@ class OutShard:
     tensors: tuple[OutTensor, ...]
     jobs: tuple[Job, ...]
     copies: tuple[Copy, ...]
+    constants: tuple[Constant, ...]
     header_nbytes: int
     data_nbytes: int
 
@@ -158,14 +210,15 @@ class Plan:
 
     ``files`` are the configuration files, name -> text, in the order they are written.
     ``experts_as`` is "split" or "fused"; ``loaders`` are the runtimes known to read the result.
+    ``formats``: format -> how many matrices become that, those of experts first.
     """
 
     root: Path
     model_type: str
     family: str
     loaders: tuple[str, ...]
-    format: str
-    quantize: str
+    formats: Mapping[str, int]
+    dialect: str
     experts_as: str
     source_shards: tuple[Shard, ...]
     source_nbytes: int
@@ -198,18 +251,19 @@ class Plan:
         return sum(shard.nbytes for shard in self.shards) + files + sides
 
     @property
-    def quantized_matrices(self) -> int:
-        """How many matrices are quantized, those in a stack counted one by one."""
-        jobs = [job for shard in self.shards for job in shard.jobs]
-        stacked = [found for found in self.experts if self.experts_as == "fused"]
-        return sum(len(job.rows) * len(job.slabs) for job in jobs if not job.is_stacked) + sum(
-            found.num_experts * len(found.projections) for found in stacked
-        )
+    def jobs(self) -> Iterator[Job]:
+        """All jobs."""
+        return (job for shard in self.shards for job in shard.jobs)
 
     @property
-    def quantized_nbytes(self) -> int:
-        """Source bytes of what is quantized."""
-        return sum(job.slab_nbytes * len(job.slabs) for shard in self.shards for job in shard.jobs)
+    def quantized_matrices(self) -> int:
+        """How many matrices are quantized, those in a stack counted one by one."""
+        return sum(count for name, count in self.formats.items() if name != "bf16")
+
+    @property
+    def converted_nbytes(self) -> int:
+        """Source bytes of what is quantized, decoded or recoded."""
+        return sum(job.read_nbytes for job in self.jobs)
 
     @property
     def kept(self) -> dict[str, tuple[int, int]]:
@@ -225,18 +279,18 @@ class Plan:
     @property
     def read_nbytes(self) -> int:
         """Bytes of weights that are read, each counted once."""
-        return self.quantized_nbytes + sum(nbytes for _, nbytes in self.kept.values())
+        return self.converted_nbytes + sum(nbytes for _, nbytes in self.kept.values())
 
     def digest(self) -> str:
         """SHA-256 over everything that decides an output byte or its place."""
         state = hashlib.sha256()
-        state.update(json.dumps([self.format, dict(self.files)]).encode())
+        state.update(json.dumps([self.dialect, dict(self.files)]).encode())
         for source in self.source_shards:
             state.update(f"{source.name} {source.nbytes}\n".encode())
         for shard in self.shards:
             state.update(shard.name.encode())
             state.update(header_of(shard.tensors))
-            for item in (*shard.jobs, *shard.copies):
+            for item in (*shard.jobs, *shard.copies, *shard.constants):
                 state.update(repr(item).encode())
         return state.hexdigest()
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .dialects import tensor_name
+from .dialects import find_dialect
 from .errors import show
 from .formats import find_format
 from .layouts import Experts
@@ -38,8 +38,8 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "model_type": plan.model_type,
         "family": plan.family,
         "loads_in": list(plan.loaders),
-        "format": plan.format,
-        "quantize": plan.quantize,
+        "formats": dict(plan.formats),
+        "dialect": plan.dialect,
         "experts_as": plan.experts_as,
         "experts": [
             {
@@ -56,7 +56,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         ],
         "quantized": {
             "matrices": plan.quantized_matrices,
-            "source_nbytes": plan.quantized_nbytes,
+            "source_nbytes": plan.converted_nbytes,
             "with_statistics": plan.stats_covered,
         },
         "copied": [
@@ -98,11 +98,19 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         )
         yield f"Evidence  {example.evidence}"
         yield f"Become    {_outcome(plan, example)}"
-    yield f"Format    {plan.format}, spelled as ModelOpt does"
-    yield f"Loads in  {_list(plan.loaders) or 'no runtime known'}; not in transformers"
+    for name, count in plan.formats.items():
+        yield f"Format    {name}: {count_of(count, 'matrix')}, {find_format(name).summary}"
+    yield f"Dialect   {plan.dialect}: {find_dialect(plan.dialect).summary}"
+    elsewhere = "" if "transformers" in plan.loaders else "; not in transformers"
+    yield f"Loads in  {_list(plan.loaders) or 'no runtime known'}{elsewhere}"
     yield ""
     rows = [
-        ("quantized", f"{plan.quantized_matrices:,} matrices", size(plan.quantized_nbytes), ""),
+        (
+            "converted",
+            count_of(sum(plan.formats.values()), "matrix"),
+            size(plan.converted_nbytes),
+            "",
+        ),
         *(
             ("copied", count_of(count, "tensor"), size(nbytes), reason)
             for reason, count, nbytes in _kept_rows(plan)
@@ -132,9 +140,9 @@ def result_lines(result: Result) -> Iterator[str]:
     """A finished conversion as lines of text."""
     plan = result.plan
     copied = sum(count for count, _ in plan.kept.values())
+    made = ", ".join(f"{count_of(n, 'matrix')} {name}" for name, n in plan.formats.items())
     yield (
-        f"{plan.quantized_matrices:,} matrices quantized to "
-        f"{plan.format}, {count_of(copied, 'tensor')} copied; {size(plan.source_nbytes)} -> "
+        f"{made}, {count_of(copied, 'tensor')} copied; {size(plan.source_nbytes)} -> "
         f"{size(plan.tensors_nbytes)} in {count_of(len(plan.shards), 'shard')}"
     )
     kinds = [f"{len(texts)} on {kind}" for kind, texts in plan.warnings_by_kind.items() if texts]
@@ -143,6 +151,11 @@ def result_lines(result: Result) -> Iterator[str]:
         f"{size(plan.read_nbytes / max(result.seconds, 1e-9))}/s; "
         f"warnings: {', '.join(kinds) or 'none'}"
     )
+    if result.inexact_blocks:
+        yield (
+            f"{count_of(result.inexact_blocks, 'block')} of MXFP4 could not be held exactly by "
+            "NVFP4: their exponents are too far below the largest of their matrix"
+        )
     yield f"written to {show(result.out_dir)}"
 
 
@@ -175,7 +188,8 @@ def count_of(number: int, noun: str) -> str:
     >>> count_of(1, "shard"), count_of(2000, "tensor")
     ('1 shard', '2,000 tensors')
     """
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    plural = "matrices" if noun == "matrix" else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def _stored(experts: Experts) -> str:
@@ -185,17 +199,23 @@ def _stored(experts: Experts) -> str:
 
 def _outcome(plan: Plan, experts: Experts) -> str:
     """The names that experts get in the output."""
-    roles = [part.role for part in find_format(plan.format).parts]
-    if plan.experts_as == "fused":
-        names = [tensor_name(plan.format, "", role, True) for role in roles]
+    job = next(job for job in plan.jobs if _is_of(job.slabs[0].modules[0], experts))
+    dialect = find_dialect(plan.dialect)
+    roles = [part.role for part in job.parts]
+    if job.is_stacked:
+        names = [dialect.tensor_name(job.format, "", role, True) for role in roles]
         leaves = [name.rpartition(".")[2] for name in (experts.gate_up[0], experts.down[0])]
         return f"{show(experts.source)}.{{{', '.join(leaves)}}}{{{', '.join(names)}}}"
-    names = [tensor_name(plan.format, "", role, False)[1:] for role in roles]
+    names = [dialect.tensor_name(job.format, "", role, False)[1:] for role in roles]
     last = experts.first + experts.num_experts - 1
     return (
         f"{show(experts.output)}.{{{experts.first} ... {last}}}"
         f".{{{', '.join(experts.projections)}}}.{{{', '.join(names)}}}"
     )
+
+
+def _is_of(module: str, experts: Experts) -> bool:
+    return module.startswith((f"{experts.output}.", f"{experts.source}."))
 
 
 def _kept_rows(plan: Plan) -> list[tuple[str, int, int]]:

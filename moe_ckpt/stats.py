@@ -6,6 +6,7 @@
       "num_tokens": 262144,
       "modules": {
         "model.layers.0.self_attn.q_proj": {"input_amax": 7.25, "num_tokens": 262144},
+        "model.layers.0.self_attn.k_proj": {"input_amax": 7.25, "output_amax": 11.5},
         "model.layers.0.mlp.experts.gate_up_proj": {"input_amax": [6.5, null, 6.1]},
         "model.layers.0.mlp.experts.0.down_proj": {"input_amax": 0.6}
       }
@@ -13,7 +14,8 @@
 
 ``input_amax`` is the largest magnitude that a module read. For fused experts it may be a list,
 one entry for each expert; null and 0 mean that no token was routed to it. Several files are
-merged by maximum. This module knows the schema, not the model.
+merged by maximum. ``output_amax`` is the largest magnitude that a module put out; of k_proj and
+v_proj it gives the scales of an FP8 KV cache. This module knows the schema, not the model.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ SCHEMA = "moe-ckpt/stats"
 VERSION = 1
 _CAP_NBYTES = 1_000_000_000
 _TOP_KEYS = {"schema", "version", "num_tokens", "modules"}
-_MODULE_KEYS = {"input_amax", "num_tokens"}
+_MODULE_KEYS = {"input_amax", "output_amax", "num_tokens"}
 _F32_MAX = 3.4028234663852886e38
 
 # One number, or one entry for each expert; None where no token was seen.
@@ -45,9 +47,13 @@ Amax = float | tuple[float | None, ...] | None
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Merged statistics: ``input_amax`` and the JSON path of each module's entry."""
+    """Merged statistics: ``input_amax`` and the JSON path of each module's entry.
+
+    ``output_amax`` holds the modules that have one.
+    """
 
     input_amax: Mapping[str, Amax]
+    output_amax: Mapping[str, float]
     paths: Mapping[str, str]
     notes: tuple[str, ...]
 
@@ -60,6 +66,7 @@ def read_stats(files: Iterable[str | os.PathLike[str]]) -> Stats:
     """
     problems = Problems()
     merged: dict[str, Amax] = {}
+    outputs: dict[str, float] = {}
     paths: dict[str, str] = {}
     notes: list[str] = []
     for file in files:
@@ -67,8 +74,10 @@ def read_stats(files: Iterable[str | os.PathLike[str]]) -> Stats:
         read = problems.catch(partial(_read, path))
         if read is None:
             continue
-        modules, more = read
+        modules, put_out, more = read
         notes += more
+        for name, amax in put_out.items():
+            outputs[name] = max(amax, outputs.get(name, amax))
         for name, amax in modules.items():
             where = f'{show(path.name)}: modules["{show(name)}"].input_amax'
             try:
@@ -78,10 +87,10 @@ def read_stats(files: Iterable[str | os.PathLike[str]]) -> Stats:
             if name not in paths or isinstance(amax, tuple):
                 paths[name] = where
     problems.check()
-    return Stats(merged, paths, tuple(notes))
+    return Stats(merged, outputs, paths, tuple(notes))
 
 
-def _read(path: Path) -> tuple[dict[str, Amax], list[str]]:
+def _read(path: Path) -> tuple[dict[str, Amax], dict[str, float], list[str]]:
     file = show(path.name)
     text = read_regular(path, _CAP_NBYTES, StatsError)
     top = parse_object(text, file, StatsError, constants=True)  # refused below, with their path
@@ -100,6 +109,7 @@ def _read(path: Path) -> tuple[dict[str, Amax], list[str]]:
         )
     problems = Problems()
     found: dict[str, Amax] = {}
+    outputs: dict[str, float] = {}
     unknown = [key for key in top if key not in _TOP_KEYS]
     for name, entry in modules.items():
         where = f'{file}: modules["{show(name)}"]'
@@ -110,15 +120,16 @@ def _read(path: Path) -> tuple[dict[str, Amax], list[str]]:
         tokens = entry.get("num_tokens", 0)
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
             problems.add(StatsError, f"{where}.num_tokens: must be a count, found {show(tokens)}")
-        if "input_amax" not in entry:
-            continue  # an entry may hold only keys of later versions
         try:
-            found[name] = _amax(entry["input_amax"], f"{where}.input_amax")
+            if entry.get("output_amax") is not None:
+                outputs[name] = _number(entry["output_amax"], f"{where}.output_amax") or 0.0
+            if "input_amax" in entry:  # an entry may hold only keys of later versions
+                found[name] = _amax(entry["input_amax"], f"{where}.input_amax")
         except StatsError as error:
             problems.absorb(error)
     problems.check()
     notes = [f"{file}: keys unknown to this version were ignored: {show_some(unknown)}"]
-    return found, notes if unknown else []
+    return found, outputs, notes if unknown else []
 
 
 def _amax(value: Any, where: str) -> Amax:

@@ -2,51 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from .calibration import Calibration
 from .choice import output_name
+from .dialects import Dialect
 from .dtypes import itemsize, nbytes_of
-from .errors import FormatError, LayoutError, Problems, show, show_some
-from .formats import QuantFormat
+from .errors import CheckpointError, FormatError, LayoutError, Problems, UsageError, show, show_some
+from .fitting import formats_that_fit
+from .formats import Part, QuantFormat, find_format
 from .headers import TensorInfo
 from .layouts import SPLIT, Detection, Experts, Range, Side
 from .modules import module_of
 from .packing import CopyUnit, QuantUnit
-from .plan import Job, OutTensor, Read, Slab
+from .plan import Encoded, Job, OutTensor, Read, Slab
+from .weights import Weights
 
 __all__ = ["UnitMaker"]
 
 _BIAS = "bias of routed experts"
+_NVFP4 = ("nvfp4", "nvfp4-w4a16")
 
 
 class UnitMaker:
-    """Makes units in one number format; problems are collected, not raised."""
+    """Makes units; problems are collected, not raised.
+
+    ``weight_amax`` is the largest magnitude of output modules, from a scan.
+    """
 
     def __init__(
         self,
-        tensors: Mapping[str, TensorInfo],
+        weights: Weights,
         detection: Detection,
-        number_format: QuantFormat,
+        dialect: Dialect,
         calibration: Calibration | None,
+        weight_amax: Mapping[str, float],
         problems: Problems,
+        *,
+        may_requantize: bool,
     ) -> None:
-        self._tensors = tensors
+        self._weights = weights
         self._detection = detection
-        self._format = number_format
+        self._dialect = dialect
         self._calibration = calibration
+        self._weight_amax = weight_amax
         self._problems = problems
+        self._may_requantize = may_requantize
 
-    def of_experts(self, found: Experts) -> list[CopyUnit | QuantUnit]:
+    def of_experts(self, found: Experts, target: QuantFormat) -> list[CopyUnit | QuantUnit]:
         """Experts of a layer, a matrix each: one unit, and units for their biases."""
-        jobs = tuple(self._experts_job(found, side, is_stacked=False) for side in found.sides)
+        jobs = tuple(self._experts_job(found, side, target) for side in found.sides)
         biases = [bias for side in found.sides for bias in self._split_bias(found, side)]
         return [QuantUnit(jobs), *biases]
 
-    def of_fused_experts(self, found: Experts) -> list[CopyUnit | QuantUnit]:
+    def of_fused_experts(self, found: Experts, target: QuantFormat) -> list[CopyUnit | QuantUnit]:
         """Experts of a layer, in the fused form of the source: a unit for each tensor."""
-        jobs = [self._experts_job(found, side, is_stacked=True) for side in found.sides]
-        biases = [self.of_copy(self._tensors[name], name, _BIAS) for name in found.biases]
+        jobs = [self._experts_job(found, side, target, is_stacked=True) for side in found.sides]
+        tensors = self._weights.tensors
+        biases = [self.of_copy(tensors[name], name, _BIAS) for name in found.biases]
         return [*(QuantUnit((job,)) for job in jobs), *biases]
 
     def of_copy(self, info: TensorInfo, name: str, reason: str) -> CopyUnit:
@@ -54,94 +68,189 @@ class UnitMaker:
         read = Read(info.shard, info.offset, info.nbytes)
         return CopyUnit(info.name, read, (OutTensor(name, info.dtype, info.shape),), reason)
 
-    def of_linears(self, group: tuple[str, ...]) -> list[QuantUnit]:
+    def of_linears(self, group: Sequence[str], target: QuantFormat) -> list[QuantUnit]:
         """One unit for linear layers that share an amax, or one for each if they do not."""
-        infos = [self._tensors[f"{module}.weight"] for module in group]
+        infos = [self._weights.tensors[f"{module}.weight"] for module in group]
         amax = None
-        if self._calibration:
+        if self._calibration and target.input_scale:
             names = [(module, output_name(self._detection, module)) for module in group]
             amax = self._calibration.linears_amax(names, self._problems)
-        for info in infos:
-            if info.shape[1] % self._format.k_multiple:
-                self._indivisible(info.name, info.shape[1])
-        alike = len({info.dtype for info in infos}) == 1
-        if len(infos) > 1 and self._format.shares_dense_amax and not alike:
+        for position, info in enumerate(infos):
+            n, k = info.shape
+            followed = position < len(infos) - 1
+            if k % target.k_multiple or (followed and n % target.n_multiple):
+                self._indivisible(info.name, target, [info.shape for info in infos])
+        alike = len({self._weights.encoded(info.name) for info in infos}) == 1
+        if len(infos) > 1 and target.shares_dense_amax and not alike:
             self._problems.add(
                 LayoutError,
                 f"{show_some(info.name for info in infos)}: read the same input and must share a "
                 "scale, but differ in dtype",
             )
-        together = self._format.shares_dense_amax and alike
+        together = target.shares_dense_amax and alike
         return [
-            QuantUnit((self._linear_job(members, amax),))
+            QuantUnit((self._linear_job(members, amax, target),))
             for members in ([infos] if together else [[info] for info in infos])
         ]
 
-    def _linear_job(self, infos: list[TensorInfo], amax: float | None) -> Job:
-        slab = Slab(
-            tuple(Read(info.shard, info.offset, info.nbytes) for info in infos),
-            tuple(output_name(self._detection, module_of(info.name)) for info in infos),
-            tuple(info.name for info in infos),
+    def _linear_job(self, infos: list[TensorInfo], amax: float | None, target: QuantFormat) -> Job:
+        modules = [output_name(self._detection, module_of(info.name)) for info in infos]
+        names = [info.name for info in infos]
+        rows = tuple(info.shape[0] for info in infos)
+        reads = tuple(map(self._weights.reads, names))
+        slab = Slab(reads, tuple(modules), tuple(names), self._amax_of(modules))
+        encoded = self._weights.encoded(names[0])
+        return self._job(
+            (slab,), rows, rows, infos[0].shape[1], encoded, target, names[0], input_amax=amax
         )
-        first = infos[0]
-        return Job((slab,), tuple(i.shape[0] for i in infos), first.shape[1], first.dtype, amax)
 
-    def _experts_job(self, found: Experts, side: Side, *, is_stacked: bool) -> Job:
+    def _experts_job(
+        self, found: Experts, side: Side, target: QuantFormat, *, is_stacked: bool = False
+    ) -> Job:
         """The job of one side of a layer's experts, each a slab."""
+        self._check_sizes(found, side, target)
+        encoded = self._encoding_of(found, side)
         slabs = []
         for expert in range(found.num_experts):
             ranges = found.ranges(side, expert)
-            module = _module(found, expert)
-            modules = side.tensors if is_stacked else [f"{module}.{n}" for n in side.projections]
+            names = [f"{_module(found, expert)}.{name}" for name in side.projections]
+            modules = [t.removesuffix("_blocks") for t in side.tensors] if is_stacked else names
             labels = tuple(_label(range_, found, expert) for range_ in ranges)
-            slabs.append(Slab(tuple(map(self._read, ranges)), tuple(modules), labels))
-        return Job(
-            slabs=tuple(slabs),
+            reads = tuple(self._weights.reads(r.tensor, r.start, r.count) for r in ranges)
+            slabs.append(Slab(reads, tuple(modules), labels, self._amax_of(names)))
+        job = self._job(
+            tuple(slabs),
+            tuple(range_.count // side.columns for range_ in ranges),
+            side.rows,
+            side.columns,
+            encoded,
+            target,
+            f"{found.source} {'/'.join(side.projections)}",
+            input_amax=self._input_amax(found, side, target),
+        )
+        return replace(
+            job,
             rows=(sum(side.rows),) if is_stacked else side.rows,
-            columns=side.columns,
-            dtype=self._tensors[side.tensors[0]].dtype,
-            input_amax=self._input_amax(found, side),
             is_transposed=side.is_transposed,
             is_interleaved=side.is_interleaved and not is_stacked,
             is_stacked=is_stacked,
         )
 
+    def _job(
+        self,
+        slabs: tuple[Slab, ...],
+        source_rows: tuple[int, ...],
+        rows: tuple[int, ...],
+        columns: int,
+        encoded: Encoded,
+        target: QuantFormat,
+        what: str,
+        *,
+        input_amax: float | None,
+    ) -> Job:
+        recoded = is_recoded(encoded, target)
+        source = find_format(encoded.format)
+        if not recoded and source.weight_bits == target.weight_bits == 4:
+            if not self._may_requantize:
+                self._problems.add(
+                    UsageError,
+                    f"{show(what)}: is {source.name} already, and {target.name} would round it a "
+                    "second time; say --allow-requantize, or start from the original release",
+                )
+        return Job(
+            slabs=slabs,
+            source_rows=source_rows,
+            rows=rows,
+            columns=columns,
+            encoded=encoded,
+            dtype=encoded.parts[0].dtype if encoded.is_plain else "F32",
+            format=target.name,
+            parts=_parts(encoded, target) if recoded else target.parts,
+            inverse=tuple(sorted(self._dialect.spelling(target.name).inverse)),
+            input_amax=input_amax,
+            is_recoded=recoded,
+        )
+
+    def _encoding_of(self, found: Experts, side: Side) -> Encoded:
+        encodings = {self._weights.encoded(name): name for name in side.tensors}
+        if len(encodings) > 1:
+            kinds = [
+                f"{name} ({self._weights.what_is(name) or encoded.parts[0].dtype})"
+                for encoded, name in encodings.items()
+            ]
+            self._problems.add(
+                CheckpointError,
+                f"{show(found.source)}: {'/'.join(side.projections)} of its experts are stored in "
+                f"different ways: {show_some(kinds)}",
+            )
+        return next(iter(encodings))
+
     def _split_bias(self, found: Experts, side: Side) -> Iterator[CopyUnit]:
         """The bias of each expert, split as its weights are."""
         if not side.bias:
             return
-        dtype, rows = self._tensors[side.bias].dtype, sum(side.rows)
+        info, rows = self._weights.tensors[side.bias], sum(side.rows)
         for expert in range(found.num_experts):
             module = _module(found, expert)
             yield CopyUnit(
                 source=side.bias,
-                read=self._read(Range(side.bias, expert * rows, rows)),
+                read=Read(
+                    info.shard,
+                    info.offset + nbytes_of(info.dtype, (expert * rows,)),
+                    nbytes_of(info.dtype, (rows,)),
+                ),
                 tensors=tuple(
-                    OutTensor(f"{module}.{name}.bias", dtype, (count,))
+                    OutTensor(f"{module}.{name}.bias", info.dtype, (count,))
                     for name, count in zip(side.projections, side.rows, strict=True)
                 ),
                 reason=_BIAS,
-                pair_nbytes=2 * itemsize(dtype) if side.is_interleaved else 0,
+                pair_nbytes=2 * itemsize(info.dtype) if side.is_interleaved else 0,
             )
 
-    def _input_amax(self, found: Experts, side: Side) -> float | None:
-        if side.columns % self._format.k_multiple:
-            self._indivisible(f"{found.source} {'/'.join(side.projections)}", side.columns)
-        if self._calibration is None:
+    def _check_sizes(self, found: Experts, side: Side, target: QuantFormat) -> None:
+        if side.columns % target.k_multiple or any(n % target.n_multiple for n in side.rows):
+            shapes = [(n, side.columns) for n in side.rows] + [(found.hidden, found.intermediate)]
+            self._indivisible(f"{found.source} {'/'.join(side.projections)}", target, shapes)
+
+    def _input_amax(self, found: Experts, side: Side, target: QuantFormat) -> float | None:
+        if self._calibration is None or not target.input_scale:
             return None
         return self._calibration.experts_amax(found, side.projections, self._problems)
 
-    def _read(self, range_: Range) -> Read:
-        info = self._tensors[range_.tensor]
-        start, nbytes = (nbytes_of(info.dtype, (n,)) for n in (range_.start, range_.count))
-        return Read(info.shard, info.offset + start, nbytes)
+    def _amax_of(self, modules: Sequence[str]) -> float | None:
+        known = [self._weight_amax.get(module) for module in modules]
+        return None if None in known else max(a for a in known if a is not None)
 
-    def _indivisible(self, what: str, columns: int) -> None:
+    def _indivisible(
+        self, what: str, target: QuantFormat, shapes: Sequence[tuple[int, ...]]
+    ) -> None:
+        n, k = shapes[0]
+        rows = f"{n} rows and " if target.n_multiple > 1 else ""
         self._problems.add(
             FormatError,
-            f"{show(what)}: has {columns} columns, {self._format.name} needs a multiple of "
-            f"{self._format.k_multiple}; use --format fp8-tensor",
+            f"{show(what)}: has {rows}{k} columns, {target.name} needs a multiple of "
+            f"{target.k_multiple}; use {formats_that_fit(shapes)}",
         )
+
+
+def is_recoded(encoded: Encoded, target: QuantFormat) -> bool:
+    """Whether source parts become those of a format without being quantized anew."""
+    source, wanted = encoded.format, target.name
+    same = source == wanted or (source in _NVFP4 and wanted in _NVFP4)
+    return same or (source == "mxfp4" and wanted in _NVFP4)
+
+
+def _parts(encoded: Encoded, target: QuantFormat) -> tuple[Part, ...]:
+    """The parts of a recoded matrix: in the dtypes of the source where they would lose by others.
+
+    Weights keep their dtype; so do the scales of integers, which are those of the model.
+    """
+    stored = {part.role: part.dtype for part in encoded.parts}
+    keeps = {"bf16": "qweight"}.get(target.name, "block_scale" * target.name.startswith("int4"))
+    return tuple(
+        replace(part, dtype=stored[part.role]) if part.role == keeps else part
+        for part in target.parts
+    )
 
 
 def _module(found: Experts, expert: int) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Assignment", "Dialect", "QuantizedExperts", "Spelling"]
+__all__ = ["PLAIN", "Assignment", "Dialect", "QuantizedExperts", "Spelling"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,9 @@ class Spelling:
     loaders: tuple[str, ...]
     inverse: frozenset[str] = frozenset()
     shape_suffix: str = ""
+
+
+PLAIN = Spelling({"qweight": "weight"}, ("vLLM", "SGLang", "TensorRT-LLM", "transformers"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +82,16 @@ class Dialect:
     mixes: bool = False
     kv_scales: tuple[str, str] | None = None
 
+    def spelling(self, format_name: str) -> Spelling:
+        """How a format is written; weights that are not quantized are so in every dialect."""
+        return PLAIN if format_name == "bf16" else self.spellings[format_name]
+
     def tensor_name(self, format_name: str, module: str, role: str, is_stacked: bool) -> str:
         """The tensor that holds a part of a module, or of all experts' modules.
 
         Stacked tensors are ModelOpt's: without ``weight``, and with an underscore.
         """
-        suffix = self.spellings[format_name].suffixes[role]
+        suffix = self.spelling(format_name).suffixes[role]
         if not is_stacked:
             return f"{module}.{suffix}"
         return module if suffix == "weight" else f"{module}_{suffix}"

@@ -12,8 +12,8 @@ _INT_OF_SIZE = {2: (torch.int16, 0x7FFF), 4: (torch.int32, 0x7FFFFFFF)}
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
-def abs_max(values: torch.Tensor, scratch: Scratch | None = None) -> torch.Tensor:
-    """The largest magnitude along the last dimension, as float32.
+def abs_max(values: torch.Tensor, scratch: Scratch | None = None, dim: int = -1) -> torch.Tensor:
+    """The largest magnitude along a dimension, as float32.
 
     Without the sign bit, IEEE floats are ordered like integers, NaN above infinity above all
     numbers: the maximum is exact, independent of order, and not finite exactly if a value was
@@ -22,6 +22,7 @@ def abs_max(values: torch.Tensor, scratch: Scratch | None = None) -> torch.Tenso
     Args:
         values: bf16, fp16 or fp32 [..., K].
         scratch: where to keep temporaries.
+        dim: the dimension.
 
     Returns:
         float32 [...].
@@ -30,7 +31,7 @@ def abs_max(values: torch.Tensor, scratch: Scratch | None = None) -> torch.Tenso
     scratch = scratch or Scratch(values.device)
     magnitude = scratch.empty("magnitude", tuple(values.shape), integer)
     torch.bitwise_and(values.view(integer), mask, out=magnitude)
-    return magnitude.amax(-1).view(values.dtype).float()
+    return magnitude.amax(dim).view(values.dtype).float()
 
 
 def scale_of(amax: torch.Tensor, largest: float) -> torch.Tensor:

@@ -256,8 +256,20 @@ FAMILIES: tuple[Family, ...] = (
                 order=INTERLEAVED,
                 biases=("gate_up_proj_bias", "down_proj_bias"),
             ),
+            # as it is released: MXFP4, in rows of output features
+            Form(
+                "fused",
+                "mlp.experts",
+                ("gate_up_proj_blocks", "down_proj_blocks"),
+                order=INTERLEAVED,
+                biases=("gate_up_proj_bias", "down_proj_bias"),
+            ),
         ),
-        fused_loaders={"nvfp4": (SGLANG,), "fp8-tensor": ()},
+        fused_loaders={
+            "nvfp4": (SGLANG,),
+            "fp8-tensor": (),
+            "bf16": (VLLM, SGLANG, TRANSFORMERS),
+        },
         instead="SGLang reads it fused after 0.5.23; vLLM 0.33 and TensorRT-LLM load the fused "
         "codes without their scales and say nothing; no runtime reads it split",
         checked="export",

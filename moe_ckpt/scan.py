@@ -1,0 +1,122 @@
+"""Find the largest magnitude of every weight once, for several conversions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from .amax_file import amax_text, source_digest
+from .checkpoint import open_source
+from .dialects import find_dialect
+from .dtypes import FLOATS
+from .errors import OutputRefusedError, Problems, show
+from .formats import find_format
+from .layouts import Detection, Given, detect
+from .modules import is_matrix, module_of
+from .packing import QuantUnit
+from .plan import Job
+from .pool import Pool, environment_faults, one_torch_thread
+from .quantizer import Worker
+from .reader import SourceReader
+from .schedule import CPU, CUDA, Batch, batches
+from .units import UnitMaker
+from .weights import Weights, weights_of
+
+__all__ = ["scan"]
+
+
+def scan(
+    in_dir: str | os.PathLike[str],
+    out_file: str | os.PathLike[str],
+    *,
+    device: torch.device,
+    layout: str | None = None,
+    gate_up_order: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Write the amax of routed experts and of all linear layers of a checkpoint to a file.
+
+    Args:
+        in_dir: a checkpoint folder.
+        out_file: the file, for `convert`'s ``weight_amax``.
+        device: where to compute; it changes no number.
+        layout: see `make_plan`.
+        gate_up_order: see `make_plan`.
+        overwrite: replace the file if it is there.
+        progress: called with bytes read.
+
+    Returns:
+        How many modules have an amax now.
+
+    Raises:
+        InputError: the checkpoint cannot be converted, or a weight is NaN or infinite.
+        OutputRefusedError: the file is there already, or would lie in the checkpoint.
+        EnvironmentFaultError: disk, memory or GPU failed.
+    """
+    path = Path(out_file)
+    if path.exists() and not overwrite:
+        raise OutputRefusedError(f"{show(path)}: is there already; pass --overwrite to replace it")
+    if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(in_dir)):
+        raise OutputRefusedError(f"{show(path)}: lies in the input; choose another place")
+    source = open_source(in_dir)
+    weights = weights_of(source)
+    found = detect(weights.tensors, weights.config, Given(layout, gate_up_order))
+    jobs = list(_jobs(weights, found))
+    modules: dict[str, float] = {}
+    budget = CUDA if device.type == "cuda" else CPU
+
+    def done(made: tuple[Batch, list[float]]) -> None:
+        batch, amax = made
+        for slab, value in zip(batch.slabs, amax, strict=True):
+            modules.update(dict.fromkeys(slab.modules, value))
+        if progress:
+            progress(batch.nbytes)
+
+    with environment_faults():
+        reader = SourceReader(source.shards.values())
+        try:
+            make_worker = partial(Worker, reader, device, budget)
+            with one_torch_thread(), Pool(budget.workers, make_worker) as pool:
+                pool.run(
+                    (partial(_amax, batch=b) for job in jobs for b in batches(job, budget)), done
+                )
+            reader.check_unchanged()
+        finally:
+            reader.close()
+        partial_file = path.with_name(f"{path.name}.partial")
+        try:
+            partial_file.write_text(
+                amax_text(source_digest(source), dict(sorted(modules.items()))), encoding="utf-8"
+            )
+            partial_file.replace(path)
+        finally:
+            partial_file.unlink(missing_ok=True)
+    return len(modules)
+
+
+def _amax(worker: Worker, batch: Batch) -> tuple[Batch, list[float]]:
+    return batch, worker.amax(batch)
+
+
+def _jobs(weights: Weights, detection: Detection) -> Iterator[Job]:
+    """Jobs to read: routed experts, and every other matrix by itself."""
+    problems = Problems()
+    target = find_format("bf16")
+    make = UnitMaker(
+        weights, detection, find_dialect("none"), None, {}, problems, may_requantize=True
+    )
+    for experts in detection.experts:
+        for unit in make.of_experts(experts, target):
+            if isinstance(unit, QuantUnit):
+                yield from unit.jobs
+    consumed = {name for experts in detection.experts for name in experts.tensors}
+    for name, info in weights.tensors.items():
+        if name not in consumed and info.dtype in FLOATS and is_matrix(name, info.shape):
+            for unit in make.of_linears((module_of(name),), target):
+                yield from unit.jobs
+    problems.check()
