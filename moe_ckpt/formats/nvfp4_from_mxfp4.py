@@ -27,14 +27,18 @@ __all__ = ["NO_EXPONENT", "cast", "global_scale", "max_exponent"]
 NO_EXPONENT = -e8m0.BIAS - 1  # of a matrix of zeros: below all there are
 _E4M3_MAX_EXPONENT, _E4M3_MIN_EXPONENT = 8, -9
 _FLOAT32_MIN_EXPONENT = -126
-_MAGNITUDES = 0x7777777777777777
+_MAGNITUDES, _SIGNS = 0x77, 0x88  # of two codes
 _BYTES = mxfp4.BLOCK // 2
 
 
 def _is_zero(qweight: torch.Tensor) -> torch.Tensor:
     """Whether a block has no value but zero: bool [B, N, K/32] of qweight [B, N, K/2]."""
-    words = qweight.contiguous().view(torch.int64) & _MAGNITUDES
+    words = (qweight.contiguous() & _MAGNITUDES).view(torch.int64)
     return ~words.view(*words.shape[:-1], -1, _BYTES // 8).any(-1)
+
+
+def _power(exponent: torch.Tensor) -> torch.Tensor:
+    return e8m0.decode((exponent + e8m0.BIAS).to(torch.uint8))
 
 
 def _global_exponent(exponent_max_B: torch.Tensor) -> torch.Tensor:
@@ -54,7 +58,7 @@ def max_exponent(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def global_scale(exponent_max_B: torch.Tensor) -> torch.Tensor:
     """The global scale, float32 [B], for largest exponents int32 [B]."""
-    return e8m0.decode((_global_exponent(exponent_max_B) + e8m0.BIAS).to(torch.uint8))
+    return _power(_global_exponent(exponent_max_B))
 
 
 def cast(
@@ -84,13 +88,13 @@ def cast(
     small = exponent < _E4M3_MIN_EXPONENT
     if small.any():
         codes = packed.view(*small.shape, _BYTES)[small]
-        down = torch.exp2((exponent[small] - _E4M3_MIN_EXPONENT).float()).unsqueeze(-1)
-        exact = e2m1.decode(codes) * down
-        rounded = e2m1.encode(exact.abs(), None, scratch) | (codes & 0x88)
+        down = (exponent[small] - _E4M3_MIN_EXPONENT).clamp_(min=-e8m0.BIAS // 2)
+        exact = e2m1.decode(codes) * _power(down).unsqueeze(-1)
+        rounded = e2m1.encode(exact.abs(), None, scratch) | (codes & _SIGNS)
         inexact = int((e2m1.decode(rounded) != exact).any(-1).sum())
         qweight.view(*small.shape, _BYTES)[small] = rounded
         exponent.clamp_(min=_E4M3_MIN_EXPONENT)
-    scale = torch.exp2(exponent.float()).repeat_interleave(mxfp4.BLOCK // nvfp4.BLOCK, -1)
+    scale = _power(exponent).repeat_interleave(mxfp4.BLOCK // nvfp4.BLOCK, -1)
     block_scale = scale.to(torch.float8_e4m3fn)
     if out:
         block_scale = out["block_scale"].copy_(block_scale)
