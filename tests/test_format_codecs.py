@@ -277,7 +277,7 @@ def test_extremes_keep_finite_positive_scales(row, values, dtype):
     for scale in real_scales(parts):
         assert (scale > 0).all()
         assert scale.isfinite().all()
-        assert not row.name.startswith("mxfp") or (scale <= 2.0**126).all()
+        assert (1 / scale).isfinite().all()  # loaders invert some
     found = row.codec().dequantize(parts)
     assert (found * w.float() >= 0).all()
     # A code beyond the largest weight may stand for more than float32 holds.
@@ -336,16 +336,14 @@ def test_error_is_within_half_a_step(row, dtype):
     assert (error <= half_step(row.name, w, parts) * 1.0001).all()
 
 
-@pytest.mark.parametrize("row", FORMATS, ids=lambda row: row.name)
-def test_what_was_decoded_quantizes_to_itself(row):
-    """True where a scale does not depend on how the largest weight was rounded."""
-    if row.name.startswith("int"):
-        pytest.skip("the largest weight of a group, 7.5 steps, is not a code")
+@pytest.mark.parametrize("name", [f.name for f in FORMATS if not f.name.startswith("int")])
+def test_what_was_decoded_quantizes_to_itself(name):
+    """Not of integers: the largest weight of a group, 7.5 steps, is not a code."""
     torch.manual_seed(1)
     w = torch.randn(2, 130, 256)
     w[:, :, ::16] = 6.0  # is in the block, the tile and the row, and is a power of two times 6
-    once = decoded(row.name, w)
-    assert torch.equal(decoded(row.name, once), once)
+    once = decoded(name, w)
+    assert torch.equal(decoded(name, once), once)
 
 
 # Layout.
@@ -382,7 +380,7 @@ def test_fp8_block_at_the_edges_is_as_if_zeros_followed(n, k, dtype):
     assert torch.equal(decoded, fp8_block.dequantize(want)[:, :n, :k])
 
 
-@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16, torch.float8_e8m0fnu])
+@pytest.mark.parametrize("narrow", ["bfloat16", "float16", "float8_e8m0fnu"])
 @pytest.mark.parametrize(
     ("codec", "role"),
     [
@@ -394,10 +392,12 @@ def test_fp8_block_at_the_edges_is_as_if_zeros_followed(n, k, dtype):
     ],
 )
 def test_scales_of_any_width_are_decoded_exactly(codec, role, narrow):
+    if not hasattr(torch, narrow):
+        pytest.skip(f"this torch has no {narrow}")
     w = torch.randn(2, 130, 160)
     parts = codec.quantize(w, abs_max(w) if role == "channel_scale" else abs_max(w.flatten(1)))
     parts |= codec.weight_scales(abs_max(w.flatten(1)))
-    parts[role] = parts[role].to(narrow)
+    parts[role] = parts[role].to(getattr(torch, narrow))
     wide = parts | {role: parts[role].float()}
     found = codec.dequantize(parts)
     assert found.dtype == torch.float32
