@@ -5,7 +5,8 @@
 
 The exponent that a block asks for is ceil(log2(amax / largest)): the smallest one that clips
 nothing. ModelOpt chooses the same (mxfp8_tensor.py and mxfp4_tensor.py), a block of zeros having
-byte 0. compressed-tensors takes the floor, or one more from a mantissa of 1.75 on, and so clips.
+byte 0. compressed-tensors rounds amax down to a power of two, or up from a mantissa of 1.75 on
+(mxfp_utils.py), and so clips some blocks of MXFP4.
 """
 
 from __future__ import annotations
