@@ -8,8 +8,8 @@ from conftest import FIXTURES, read_files
 
 import moe_ckpt
 from moe_ckpt.conversion import execute
-from moe_ckpt.formats import FORMATS
-from moe_ckpt.formats.amax import abs_max
+from moe_ckpt.formats import FORMATS, nvfp4_from_mxfp4
+from moe_ckpt.formats.amax import abs_max, scale_of
 from moe_ckpt.schedule import Budget
 
 pytestmark = [
@@ -55,16 +55,30 @@ def test_same_bytes_for_adversarial_weights(row, dtype):
     w *= torch.logspace(-30, 3, 8).view(-1, 1, 1) if dtype != torch.float16 else 0.01
     w[3] = -0.0
     w = w.to(dtype)
-    amax = abs_max(w.flatten(1))
+    amax = abs_max(w) if row.amax_of_rows else abs_max(w.flatten(1))
     cpu, cuda = row.codec().quantize(w, amax), row.codec().quantize(w.cuda(), amax.cuda())
     for role, tensor in cpu.items():
         assert torch.equal(tensor.view(torch.uint8), cuda[role].cpu().view(torch.uint8)), role
 
 
-@pytest.mark.parametrize("row", FORMATS, ids=lambda row: row.name)
-def test_same_scales_for_every_bfloat16(row):
+@pytest.mark.parametrize("largest", [2688.0, 448.0, 127.5, 7.5])
+def test_same_scales_for_every_bfloat16(largest):
     """A division by a Python number would miss the last bit of many on CUDA."""
     amax = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16).float()
-    for make in (row.codec().weight_scales, lambda a: {"input": row.codec().input_scale(a)}):
-        for role, tensor in make(amax).items():
-            assert torch.equal(tensor, make(amax.cuda())[role].cpu())
+    assert torch.equal(scale_of(amax, largest), scale_of(amax.cuda(), largest).cpu())
+
+
+def test_same_bytes_of_a_cast_from_mxfp4():
+    torch.manual_seed(0)
+    parts = {
+        "qweight": torch.randint(0, 256, (2, 64, 512), dtype=torch.uint8),
+        "block_scale": torch.randint(90, 130, (2, 64, 32), dtype=torch.uint8),
+    }
+    largest = nvfp4_from_mxfp4.max_exponent(parts)
+    cpu, inexact = nvfp4_from_mxfp4.cast(parts, largest)
+    on_cuda = {role: tensor.cuda() for role, tensor in parts.items()}
+    assert torch.equal(nvfp4_from_mxfp4.max_exponent(on_cuda).cpu(), largest)
+    cuda, also_inexact = nvfp4_from_mxfp4.cast(on_cuda, largest.cuda())
+    assert inexact == also_inexact > 0
+    for role, tensor in cpu.items():
+        assert torch.equal(tensor.view(torch.uint8), cuda[role].cpu().view(torch.uint8)), role

@@ -1,16 +1,24 @@
-"""Number formats: every rounding case, defined scales, decode against encode."""
+"""Number formats: the rows, E2M1, NVFP4's reference bytes, and largest magnitudes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_ckpt.formats import FORMATS, e2m1, find_format, fp8_tensor, nvfp4
+from moe_ckpt.formats import FORMATS, e2m1, fp8_tensor, nvfp4
 from moe_ckpt.formats.amax import abs_max
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+}
 
 
 def codes(values):
@@ -72,63 +80,6 @@ def test_nvfp4_reference_vector():
 
 
 @pytest.mark.parametrize("codec", [nvfp4, fp8_tensor])
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_zeros_have_defined_scales(codec, dtype):
-    w = torch.zeros(2, 4, 32, dtype=dtype)
-    w[1, 0, 0] = 1
-    amax = abs_max(w.flatten(1))
-    parts = codec.quantize(w, amax) | codec.weight_scales(amax)
-    assert parts["global_scale"][0] == 1
-    assert torch.equal(codec.dequantize(parts)[0], torch.zeros(4, 32))
-    if codec is nvfp4:
-        assert (parts["block_scale"][0].float() == 1).all()
-        assert (parts["block_scale"][1].float().flatten()[1:] == 1).all()
-    assert codec.input_scale(torch.zeros(1)) == 1
-
-
-EXTREMES = {
-    "smallest subnormals": [2.0**-133, -(2.0**-133)],
-    "largest": [3.38e38, -3.38e38, 1.0],
-    "far apart": [1e20, 1e-20, -1e-20],
-    "outlier": [1e6, 1e-3, -1e-3],
-    "negative zero": [-0.0, 0.0, 1.0],
-}
-
-
-@pytest.mark.parametrize("values", EXTREMES.values(), ids=EXTREMES.keys())
-@pytest.mark.parametrize("codec", [nvfp4, fp8_tensor])
-def test_extremes_keep_finite_positive_scales(codec, values):
-    w = torch.tensor(values).repeat(32)[:64].to(torch.bfloat16).view(1, 2, 32)
-    amax = abs_max(w.flatten(1))
-    parts = codec.quantize(w, amax) | codec.weight_scales(amax)
-    for role in ("global_scale", "block_scale"):
-        if role in parts:
-            scale = parts[role].float()
-            assert (scale > 0).all()
-            assert scale.isfinite().all()
-            assert (1 / scale).isfinite().all()
-    decoded = codec.dequantize(parts)
-    assert decoded.isfinite().all()
-    assert (decoded * w.float() >= 0).all()
-
-
-@pytest.mark.parametrize("codec", [nvfp4, fp8_tensor])
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_error_is_within_half_a_step(codec, dtype):
-    torch.manual_seed(0)
-    w = (torch.randn(3, 16, 64) * torch.logspace(-3, 0, 64)).to(dtype)
-    amax = abs_max(w.flatten(1))
-    parts = codec.quantize(w, amax) | codec.weight_scales(amax)
-    error = (codec.dequantize(parts) - w.float()).abs()
-    if codec is nvfp4:
-        scale = parts["block_scale"].float().repeat_interleave(16, -1)
-        bound = 1.01 * scale * parts["global_scale"].view(-1, 1, 1)  # half of 4 to 6
-    else:
-        bound = w.float().abs() / 16 + parts["global_scale"].view(-1, 1, 1) * 2**-10
-    assert (error <= bound * 1.0001).all()
-
-
-@pytest.mark.parametrize("codec", [nvfp4, fp8_tensor])
 def test_the_amax_decides_not_the_matrix(codec):
     """Gate and up share the larger amax: the smaller one must be quantized with it."""
     w = torch.full((1, 2, 16), 0.5)
@@ -142,22 +93,6 @@ def test_the_amax_decides_not_the_matrix(codec):
         assert torch.allclose(codec.dequantize(parts | scales), w, rtol=0.07)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.data())
-def test_rows_and_matrices_are_independent(data):
-    """A chunk of the rows gives the same bytes as the whole: what streaming rests on."""
-    B, N, K = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 6), st.sampled_from([16, 48])))
-    codec = data.draw(st.sampled_from([nvfp4, fp8_tensor]))
-    torch.manual_seed(data.draw(st.integers(0, 99)))
-    w = torch.randn(B, N, K).to(data.draw(st.sampled_from(FLOATS)))
-    amax = abs_max(w.flatten(1))
-    whole = codec.quantize(w, amax)
-    b, n = data.draw(st.integers(0, B - 1)), data.draw(st.integers(0, N - 1))
-    part = codec.quantize(w[b : b + 1, n:], amax[b : b + 1])
-    for role, tensor in part.items():
-        assert torch.equal(tensor.view(torch.uint8), whole[role][b : b + 1, n:].view(torch.uint8))
-
-
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_abs_max_is_not_finite_if_a_value_is_not(dtype, bad):
@@ -169,19 +104,35 @@ def test_abs_max_is_not_finite_if_a_value_is_not(dtype, bad):
 
 @pytest.mark.parametrize("row", FORMATS, ids=lambda row: row.name)
 def test_rows_describe_what_the_module_makes(row):
-    w = torch.randn(1, 8, 32)
-    made = row.codec().quantize(w, abs_max(w.flatten(1)))
+    n, k = 130, 256
+    w = torch.randn(1, n, k)
+    made = row.codec().quantize(w, abs_max(w) if row.amax_of_rows else abs_max(w.flatten(1)))
     scalars = row.codec().weight_scales(torch.ones(1))
+    assert made.keys() | scalars.keys() == {part.role for part in row.parts} - {"input_scale"}
     for part in row.parts:
         if part.role == "input_scale":
             assert row.input_scale
-        elif part.columns_per_item:
-            assert tuple(made[part.role].shape[1:]) == part.shape(8, 32)
-            assert made[part.role][0, 0].view(torch.uint8).numel() == part.row_nbytes(32)
-        else:
-            assert scalars[part.role].dtype == torch.float32
+            assert row.codec().input_scale(torch.zeros(1)) == 1
+            continue
+        tensor = scalars[part.role] if part.is_scalar else made[part.role]
+        assert tensor.dtype == DTYPES[part.dtype]
+        assert tuple(tensor.shape[1:]) == part.shape(n, k)
+        if not part.is_scalar:
+            assert tensor[0, 0].view(torch.uint8).numel() == part.row_nbytes(k)
 
 
 def test_bits_per_weight():
-    assert find_format("nvfp4").bits_per_weight() == 4.5
-    assert find_format("fp8-tensor").bits_per_weight() == 8
+    assert {row.name: row.bits_per_weight() for row in FORMATS} == {
+        "nvfp4": 4.5,
+        "nvfp4-w4a16": 4.5,
+        "mxfp4": 4.25,
+        "int4-g128": 4.125,
+        "int4-g64": 4.25,
+        "int4-g32": 4.5,
+        "fp8-block": 8.002,
+        "fp8-channel": 8,
+        "fp8-tensor": 8,
+        "mxfp8": 8.25,
+        "int8-channel": 8,
+        "bf16": 16,
+    }

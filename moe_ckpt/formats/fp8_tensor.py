@@ -12,6 +12,8 @@ scale is below the smallest normal float32.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from . import e4m3
@@ -34,7 +36,7 @@ def input_scale(amax_B: torch.Tensor) -> torch.Tensor:
 def quantize(
     weight_BNK: torch.Tensor,
     amax_B: torch.Tensor,
-    out: dict[str, torch.Tensor] | None = None,
+    out: Mapping[str, torch.Tensor] | None = None,
     scratch: Scratch | None = None,
 ) -> dict[str, torch.Tensor]:
     """Quantize B matrices.
@@ -57,6 +59,6 @@ def quantize(
     return {"qweight": qweight}
 
 
-def dequantize(parts: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The float32 weights [B, N, K] of qweight and global_scale [B]."""
-    return parts["qweight"].float() * parts["global_scale"].view(-1, 1, 1)
+def dequantize(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The float32 weights [B, N, K] of qweight and global_scale [B], a float of any width."""
+    return parts["qweight"].float() * parts["global_scale"].float().view(-1, 1, 1)

@@ -14,6 +14,8 @@ global scale 1.0. A global scale is at least the smallest normal float32, for lo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from . import e2m1, e4m3
@@ -38,7 +40,7 @@ def input_scale(amax_B: torch.Tensor) -> torch.Tensor:
 def quantize(
     weight_BNK: torch.Tensor,
     amax_B: torch.Tensor,
-    out: dict[str, torch.Tensor] | None = None,
+    out: Mapping[str, torch.Tensor] | None = None,
     scratch: Scratch | None = None,
 ) -> dict[str, torch.Tensor]:
     """Quantize B matrices.
@@ -68,8 +70,16 @@ def quantize(
     return {"qweight": qweight, "block_scale": block_scale}
 
 
-def dequantize(parts: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The float32 weights [B, N, K] of qweight, block_scale and global_scale [B]."""
-    scale = parts["block_scale"].float() * parts["global_scale"].view(-1, 1, 1)
+def dequantize(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The float32 weights [B, N, K] of qweight, block_scale and global_scale [B].
+
+    Or of global_divisor [B] instead: 1 / global_scale, as compressed-tensors stores it and divides
+    the block scale by it (forward_helpers.py, _dequantize).
+    """
+    scale = parts["block_scale"].float()
+    if "global_divisor" in parts:
+        scale = scale / parts["global_divisor"].view(-1, 1, 1)
+    else:
+        scale = scale * parts["global_scale"].view(-1, 1, 1)
     values = e2m1.decode(parts["qweight"])
     return (values.view(*scale.shape, BLOCK) * scale.unsqueeze(-1)).flatten(-2)

@@ -1,0 +1,58 @@
+"""FP8 E4M3 with a float32 scale for each row.
+
+    role           dtype    shape   value
+    channel_scale  float32  [N, 1]  row amax / 448
+    qweight        e4m3     [N, K]  weight / channel_scale, clamped to +-448
+
+A weight is qweight * channel_scale. The scales are those of ModelOpt (quant_utils.py) and
+compressed-tensors (helpers.py, calculate_qparams). A row of zeros has scale 1.0, and no scale is
+below the smallest normal float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from . import e4m3
+from .amax import scale_of
+from .no_scalars import input_scale, weight_scales
+from .scratch import Scratch
+
+__all__ = ["dequantize", "input_scale", "quantize", "weight_scales"]
+
+
+def quantize(
+    weight_BNK: torch.Tensor,
+    amax_BN: torch.Tensor,
+    out: Mapping[str, torch.Tensor] | None = None,
+    scratch: Scratch | None = None,
+) -> dict[str, torch.Tensor]:
+    """Quantize B matrices.
+
+    Args:
+        weight_BNK: bf16, fp16 or fp32, finite.
+        amax_BN: float32, at least the largest magnitude in each row.
+        out: where to put the result, by role.
+        scratch: where to keep temporaries.
+
+    Returns:
+        qweight e4m3 [B, N, K] and channel_scale float32 [B, N, 1].
+    """
+    scratch = scratch or Scratch(weight_BNK.device)
+    channel_scale = scale_of(amax_BN, e4m3.MAX).unsqueeze(-1)
+    scaled = scratch.empty("scaled", tuple(weight_BNK.shape), torch.float32).copy_(weight_BNK)
+    scaled /= channel_scale
+    scaled.clamp_(-e4m3.MAX, e4m3.MAX)
+    if not out:
+        return {"qweight": scaled.to(torch.float8_e4m3fn), "channel_scale": channel_scale}
+    return {
+        "qweight": out["qweight"].copy_(scaled),
+        "channel_scale": out["channel_scale"].copy_(channel_scale),
+    }
+
+
+def dequantize(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The float32 weights [B, N, K] of qweight and channel_scale, a float of any width."""
+    return parts["qweight"].float() * parts["channel_scale"].float()

@@ -1,0 +1,62 @@
+"""MXFP8: E4M3 values, and a power of two for 32 of them.
+
+    role         dtype  shape      value
+    block_scale  uint8  [N, K/32]  e + 127 with e = ceil(log2(block amax / 448)), at least -127
+    qweight      e4m3   [N, K]     weight / 2**e
+
+A weight is qweight * 2**e. The exponent is ModelOpt's (mxfp8_tensor.py); dividing by a power of
+two is exact, and nothing is clipped. A block of zeros has byte 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from . import e4m3, e8m0
+from .amax import abs_max
+from .no_scalars import input_scale, weight_scales
+from .scratch import Scratch
+
+__all__ = ["BLOCK", "dequantize", "input_scale", "quantize", "weight_scales"]
+
+BLOCK = 32
+
+
+def quantize(
+    weight_BNK: torch.Tensor,
+    _amax: torch.Tensor,
+    out: Mapping[str, torch.Tensor] | None = None,
+    scratch: Scratch | None = None,
+) -> dict[str, torch.Tensor]:
+    """Quantize B matrices.
+
+    Args:
+        weight_BNK: bf16, fp16 or fp32, finite, K a multiple of 32.
+        out: where to put the result, by role.
+        scratch: where to keep temporaries.
+
+    Returns:
+        qweight e4m3 [B, N, K] and block_scale uint8 [B, N, K/32].
+    """
+    scratch = scratch or Scratch(weight_BNK.device)
+    B, N, K = weight_BNK.shape
+    blocks = weight_BNK.view(B, N, K // BLOCK, BLOCK)
+    block_scale = e8m0.encode(abs_max(blocks, scratch), e4m3.MAX)
+    scaled = scratch.empty("scaled", tuple(blocks.shape), torch.float32).copy_(blocks)
+    scaled *= e8m0.inverse(block_scale).unsqueeze(-1)
+    scaled = scaled.view(B, N, K)
+    if not out:
+        return {"qweight": scaled.to(torch.float8_e4m3fn), "block_scale": block_scale}
+    return {
+        "qweight": out["qweight"].copy_(scaled),
+        "block_scale": out["block_scale"].copy_(block_scale),
+    }
+
+
+def dequantize(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The float32 weights [B, N, K] of qweight and block_scale."""
+    scale = e8m0.decode(parts["block_scale"])
+    values = parts["qweight"].float()
+    return (values.view(*scale.shape, BLOCK) * scale.unsqueeze(-1)).flatten(-2)
