@@ -63,6 +63,7 @@ class Dialect:
     ``spellings``: format -> how it is written. ``refused``: format -> why it is not written so.
     ``scalar_shape``: shape of a part that is one number, () or (1,).
     ``mixes``: whether several formats may stand in one checkpoint.
+    ``refused_mix``: why these formats may not stand in one checkpoint, '' if they may.
     ``kv_scales``: names of the scales of the KV cache, below the attention module, for k and v;
         None where the dialect has no KV cache scheme.
     ``config_files``: the text of the configuration files from the source's config, which keeps
@@ -77,6 +78,7 @@ class Dialect:
     refused: Mapping[str, str] = field(default_factory=dict)
     scalar_shape: tuple[int, ...] = ()
     mixes: bool = False
+    refused_mix: Callable[[Sequence[str]], str] = lambda _formats: ""
     kv_scales: tuple[str, str] | None = None
 
     def tensor_name(self, format_name: str, module: str, role: str, is_stacked: bool) -> str:

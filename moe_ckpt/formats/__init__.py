@@ -84,9 +84,9 @@ class QuantFormat:
     def bits_per_weight(self) -> float:
         """Bits stored for one weight, what is stored once for a row or a matrix not counted."""
         wide = 1 << 30
-        return (
-            8 * sum(part.row_nbytes(wide) / part.rows for part in self.parts) / wide
-        ).__round__(3)
+        return (8 * sum(part.row_nbytes(wide) / part.rows for part in self.parts) / wide).__round__(
+            3
+        )
 
     @property
     def row_step(self) -> int:
