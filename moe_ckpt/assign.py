@@ -141,13 +141,10 @@ def _assignment(
             aside[prefix] = modules
         else:
             kept += rest
-    kept_experts = tuple(experts.pop(PLAIN, ()))
-    linears.pop(PLAIN, None)
     return Assignment(
         experts=experts,
         linears=linears,
         kept=kept,
-        kept_experts=kept_experts,
         set_aside=aside,
         kv_cache=kv_cache,
     )

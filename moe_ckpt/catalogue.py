@@ -75,7 +75,7 @@ def _format_row(row: QuantFormat) -> dict[str, Any]:
             {
                 "name": dialect.name,
                 "default": dialect is default,
-                "loads_in": list(dialect.spelling(row.name).loaders),
+                "loads_in": list(dialect.spellings[row.name].loaders),
             }
             for dialect in DIALECTS
             if row.name in dialect.spellings

@@ -80,7 +80,7 @@ def loaders_of(
     known = set(split_loaders(family, detection.model_type))
     if form == "fused":
         known = set.intersection(*(set(family.fused_loaders.get(f, ())) for f in of_experts))
-    names = [dialect.spelling(name).loaders for name in formats]
+    names = [dialect.spellings[name].loaders for name in formats]
     return tuple(name for name in names[0] if name in known and all(name in n for n in names))
 
 

@@ -131,7 +131,7 @@ def _piece_nbytes(unit: QuantUnit, dialect: Dialect) -> tuple[int, int]:
         tensors = len(job.parts)
         for part in job.parts:
             nbytes += slabs * _slab_nbytes(job, part)
-        if dialect.spelling(job.format).shape_suffix:
+        if dialect.spellings[job.format].shape_suffix:
             nbytes += 2 * 8 * len(job.rows)
             tensors += 1
         longest = max(len(name.encode()) for slab in job.slabs for name in slab.modules)
@@ -195,7 +195,7 @@ def _place(name: str, filled: _Bin, dialect: Dialect) -> OutShard:
 
 def _shapes(job: Job, dialect: Dialect) -> Iterator[ConstantUnit]:
     """The tensors that say N and K of each matrix, where the dialect has them."""
-    suffix = dialect.spelling(job.format).shape_suffix
+    suffix = dialect.spellings[job.format].shape_suffix
     for slab in job.slabs if suffix else ():
         for module, n in zip(slab.modules, job.rows, strict=True):
             data = b"".join(size.to_bytes(8, "little") for size in (n, job.columns))

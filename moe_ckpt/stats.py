@@ -76,8 +76,8 @@ def read_stats(files: Iterable[str | os.PathLike[str]]) -> Stats:
             continue
         modules, put_out, more = read
         notes += more
-        for name, amax in put_out.items():
-            outputs[name] = max(amax, outputs.get(name, amax))
+        for name, magnitude in put_out.items():
+            outputs[name] = max(magnitude, outputs.get(name, magnitude))
         for name, amax in modules.items():
             where = f'{show(path.name)}: modules["{show(name)}"].input_amax'
             try:

@@ -9,7 +9,7 @@ from .calibration import Calibration
 from .choice import output_name
 from .dialects import Dialect
 from .dtypes import itemsize, nbytes_of
-from .errors import CheckpointError, FormatError, LayoutError, Problems, UsageError, show, show_some
+from .errors import CheckpointError, FormatError, LayoutError, Problems, show, show_some
 from .fitting import formats_that_fit
 from .formats import Part, QuantFormat, find_format
 from .headers import TensorInfo
@@ -153,7 +153,7 @@ class UnitMaker:
         if not recoded and source.weight_bits == target.weight_bits == 4:
             if not self._may_requantize:
                 self._problems.add(
-                    UsageError,
+                    FormatError,
                     f"{show(what)}: is {source.name} already, and {target.name} would round it a "
                     "second time; say --allow-requantize, or start from the original release",
                 )
@@ -166,7 +166,7 @@ class UnitMaker:
             dtype=encoded.parts[0].dtype if encoded.is_plain else "F32",
             format=target.name,
             parts=_parts(encoded, target) if recoded else target.parts,
-            inverse=tuple(sorted(self._dialect.spelling(target.name).inverse)),
+            inverse=tuple(sorted(self._dialect.spellings[target.name].inverse)),
             input_amax=input_amax,
             is_recoded=recoded,
         )

@@ -7,6 +7,7 @@ know. Only where bytes are read do the tensors behind it count.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,9 +159,7 @@ def weights_of(source: Source) -> Weights:
             "or quantized in a way that this version does not know",
         )
     problems.check()
-    counts: dict[str, int] = {}
-    for found in stored.values():
-        counts[found.name] = counts.get(found.name, 0) + 1
+    counts = Counter(of.name for of in stored.values())
     _refuse_contradictions(found_configs, stored, problems)
     problems.check()
     ordered = {}

@@ -13,13 +13,8 @@ from conftest import FIXTURES
 
 import moe_ckpt
 from moe_ckpt.dialects.exclude import exclude_list
-from moe_ckpt.dialects.matching import (
-    PartlyExcludedError,
-    built_modules,
-    sglang,
-    trtllm,
-    vllm,
-)
+from moe_ckpt.dialects.match_modelopt import sglang, trtllm, vllm
+from moe_ckpt.dialects.matching import UndecidedError, built_modules
 
 ALL = (vllm, sglang, trtllm)
 QKV = tuple(f"model.layers.1.self_attn.{p}_proj" for p in "qkv")
@@ -74,7 +69,7 @@ def test_fused_modules_go_by_their_members():
         assert not rule(["model.layers.1.self_attn.o_proj"])(FUSED_QKV, QKV)
         assert rule(["*.self_attn*"])(FUSED_QKV, QKV)
     for rule in (vllm, sglang):
-        with pytest.raises(PartlyExcludedError):
+        with pytest.raises(UndecidedError):
             rule(QKV[:2])(FUSED_QKV, QKV)
 
 

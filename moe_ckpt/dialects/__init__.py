@@ -4,6 +4,94 @@ A dialect turns the roles of a format's parts into tensor suffixes, and the choi
 quantized into configuration. It knows no weights.
 """
 
-from .modelopt import LOADERS, config_files, tensor_name
+from __future__ import annotations
 
-__all__ = ["LOADERS", "config_files", "tensor_name"]
+from collections.abc import Sequence
+
+from ..errors import UsageError
+from . import compressed_tensors, fp8, modelopt, plain
+from .dialect import Assignment, Dialect, QuantizedExperts, Spelling
+from .matching import UNQUANTIZED
+
+__all__ = ["DIALECTS", "Assignment", "Dialect", "QuantizedExperts", "Spelling"]
+__all__ += ["dialect_for", "find_dialect", "loaders_of"]
+
+# In the order in which they are tried for several formats.
+DIALECTS: tuple[Dialect, ...] = (
+    modelopt.DIALECT,
+    compressed_tensors.DIALECT,
+    fp8.DIALECT,
+    plain.DIALECT,
+)
+
+# The dialect of a format that most runtimes read, and transformers among them where it can. Of
+# mxfp8 ModelOpt's: vLLM and TensorRT-LLM read it; compressed-tensors' is vLLM's alone.
+_DEFAULTS = {
+    **dict.fromkeys(("nvfp4", "nvfp4-w4a16", "fp8-tensor", "mxfp8"), modelopt.DIALECT),
+    "fp8-block": fp8.DIALECT,
+    UNQUANTIZED: plain.DIALECT,
+}
+
+
+def find_dialect(name: str) -> Dialect:
+    """The dialect of that name; `UsageError` lists the known ones."""
+    for dialect in DIALECTS:
+        if dialect.name == name:
+            return dialect
+    known = ", ".join(dialect.name for dialect in DIALECTS)
+    raise UsageError(f"dialect {name!r} is unknown; choose {known}")
+
+
+def dialect_for(formats: Sequence[str], wanted: str | None = None) -> Dialect:
+    """The dialect named, or the one that most runtimes read.
+
+    Args:
+        formats: all formats of the checkpoint; bf16 beside others is what stays as it is.
+        wanted: the name of a dialect; None for the default.
+
+    Raises:
+        UsageError: the dialect is unknown, or does not write these formats; or none does.
+    """
+    quantized = tuple(dict.fromkeys(name for name in formats if name != UNQUANTIZED))
+    asked = quantized or (UNQUANTIZED,)
+    if wanted is not None:
+        dialect = find_dialect(wanted)
+        reason = _refusal(dialect, asked)
+        if reason:
+            raise UsageError(
+                f"dialect {wanted} does not write {' with '.join(asked)}: {reason}{_instead(asked)}"
+            )
+        return dialect
+    if len(asked) == 1:
+        return _DEFAULTS.get(asked[0], compressed_tensors.DIALECT)
+    for dialect in DIALECTS:
+        if not _refusal(dialect, asked):
+            return dialect
+    reasons = "; ".join(f"{dialect.name}: {_refusal(dialect, asked)}" for dialect in DIALECTS)
+    raise UsageError(f"no dialect writes {' with '.join(asked)}: {reasons}")
+
+
+def loaders_of(dialect: Dialect, formats: Sequence[str]) -> tuple[str, ...]:
+    """The runtimes that read all these formats, also for experts, in the dialect."""
+    first, *rest = [dialect.spellings[name].loaders for name in formats]
+    return tuple(name for name in first if all(name in loaders for loaders in rest))
+
+
+def _refusal(dialect: Dialect, formats: Sequence[str]) -> str:
+    """Why a dialect does not write these formats, '' if it does."""
+    if formats == (UNQUANTIZED,) and dialect is not plain.DIALECT:
+        return "nothing is quantized; that is dialect none"
+    for name in formats:
+        if name in dialect.refused:
+            return f"{dialect.refused[name]} ({name})"
+        if name not in dialect.spellings:
+            return f"it has no {name}"
+    if len(formats) > 1 and not dialect.mixes:
+        return "it has one format for all modules"
+    return dialect.refused_mix(formats) if len(formats) > 1 else ""
+
+
+def _instead(formats: Sequence[str]) -> str:
+    names = [dialect.name for dialect in DIALECTS if not _refusal(dialect, formats)]
+    return f"; choose {' or '.join(names)}" if names else ""
+

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["PLAIN", "Assignment", "Dialect", "QuantizedExperts", "Spelling"]
+__all__ = ["Assignment", "Dialect", "QuantizedExperts", "Spelling"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +23,6 @@ class Spelling:
     loaders: tuple[str, ...]
     inverse: frozenset[str] = frozenset()
     shape_suffix: str = ""
-
-
-PLAIN = Spelling({"qweight": "weight"}, ("vLLM", "SGLang", "TensorRT-LLM", "transformers"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +63,7 @@ class Dialect:
     ``spellings``: format -> how it is written. ``refused``: format -> why it is not written so.
     ``scalar_shape``: shape of a part that is one number, () or (1,).
     ``mixes``: whether several formats may stand in one checkpoint.
+    ``refused_mix``: why these formats may not stand in one checkpoint, '' if they may.
     ``kv_scales``: names of the scales of the KV cache, below the attention module, for k and v;
         None where the dialect has no KV cache scheme.
     ``config_files``: the text of the configuration files from the source's config, which keeps
@@ -80,18 +78,15 @@ class Dialect:
     refused: Mapping[str, str] = field(default_factory=dict)
     scalar_shape: tuple[int, ...] = ()
     mixes: bool = False
+    refused_mix: Callable[[Sequence[str]], str] = lambda _formats: ""
     kv_scales: tuple[str, str] | None = None
-
-    def spelling(self, format_name: str) -> Spelling:
-        """How a format is written; weights that are not quantized are so in every dialect."""
-        return PLAIN if format_name == "bf16" else self.spellings[format_name]
 
     def tensor_name(self, format_name: str, module: str, role: str, is_stacked: bool) -> str:
         """The tensor that holds a part of a module, or of all experts' modules.
 
         Stacked tensors are ModelOpt's: without ``weight``, and with an underscore.
         """
-        suffix = self.spelling(format_name).suffixes[role]
+        suffix = self.spellings[format_name].suffixes[role]
         if not is_stacked:
             return f"{module}.{suffix}"
         return module if suffix == "weight" else f"{module}_{suffix}"

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..errors import LayoutError, show
-from .matching import RUNTIMES, PartlyExcludedError, built_modules
+from .match_modelopt import RUNTIMES
+from .matching import UndecidedError, built_modules
 
 __all__ = ["exclude_list"]
 
@@ -37,7 +38,7 @@ def exclude_list(
 
     Args:
         quantized: quantized linear layers, and the experts of each layer as one module.
-        kept: linear layers that stay as they are.
+        kept: linear layers and experts of layers that stay as they are.
         set_aside: part of the model that stays whole -> linear layers and experts in it.
 
     Raises:
@@ -47,6 +48,9 @@ def exclude_list(
     loose = built_modules([*kept, *_ALWAYS])
     entries = {*_ALWAYS, *kept}
     entries.update(p for p in _PATTERNS if _hits(p, loose) and not _hits(p, built))
+    experts = (module.partition(".layers.")[2] for module in kept if module.endswith(".experts"))
+    anchored = (f"*.layers.{tail}" for tail in experts if tail)
+    entries.update(p for p in anchored if not _hits(p, built))
     for part, modules in set_aside.items():
         patterns = _patterns_of(part)
         right = [pattern for pattern in patterns if not _hits(pattern, built)]
@@ -87,7 +91,7 @@ def _check(
             for module, members in modules.items():
                 try:
                     right = excluded(module, members) == expected
-                except PartlyExcludedError:
+                except UndecidedError:
                     right = False
                 if not right:
                     raise LayoutError(

@@ -1,29 +1,24 @@
-"""How each runtime decides from ModelOpt's exclude list that a module is not quantized.
+"""What runtimes build of the modules of a checkpoint, and whether they all read a list alike.
 
 Each runtime asks about the modules it builds: q/k/v and gate/up are one module there, and the
-experts of a layer are one. The rules differ, so a list is right only if all of them agree:
-
-    vLLM          exact, all members of a fused module; an entry that names the layer's experts;
-                  any entry as plain text inside the name; fnmatch. ``x*`` counts as ``x``
-                  and ``x.*`` (modelopt.py, is_layer_excluded)
-    SGLang        ``*`` as ``.*``, matched in full against the name or one component of it; or
-                  a name and everything under it; fused modules by their members; and for
-                  MLA's projections, the last component of any entry, in any layer
-                  (modelopt_quant.py, is_layer_excluded)
-    TensorRT-LLM  fnmatch, case sensitive, against the name and its parents
-
-transformers has no quantizer for ModelOpt's files and reads no such list.
+experts of a layer are one. How it decides differs by runtime and kind of configuration: see the
+modules ``match_*``.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-__all__ = ["RUNTIMES", "PartlyExcludedError", "Rule", "built_modules", "sglang", "trtllm", "vllm"]
+from ..errors import LayoutError, show
+from .dialect import Assignment, QuantizedExperts
 
-# Asked for a module that a runtime builds, and its members: is it excluded?
-Rule = Callable[[str, tuple[str, ...]], bool]
+__all__ = ["SGLANG", "TRANSFORMERS", "TRTLLM", "VLLM"]
+__all__ += ["UNQUANTIZED", "Built", "Reader", "Rule", "UndecidedError"]
+__all__ += ["all_or_none", "built_modules", "built_of", "check", "formats_of"]
+
+VLLM, SGLANG, TRTLLM, TRANSFORMERS = "vLLM", "SGLang", "TensorRT-LLM", "transformers"
+UNQUANTIZED = "bf16"
 
 FUSED: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -32,12 +27,47 @@ FUSED: dict[str, tuple[str, ...]] = {
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
+# SGLang's other name of a fused module.
+_ALSO = {"fused_qkv_a_proj": "fused_qkv_a_proj_with_mqa"}
+_HEAD = "lm_head"  # also when tied to the embeddings: vLLM builds one either way
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
-_MLA_PROJECTIONS = frozenset({"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"})
+# Asked for a module that a runtime builds, and its members: is it excluded?
+Rule = Callable[[str, tuple[str, ...]], bool]
 
 
-class PartlyExcludedError(Exception):
-    """Some members of a fused module are excluded, some are not: runtimes refuse to load it."""
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A module that runtimes build: a linear layer, fused or not, or the experts of a layer.
+
+    ``members``: its linear layers in the checkpoint; of experts those of the first and the last.
+    ``format``: what it is quantized to; None if it is not.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    format: str | None
+    is_experts: bool = False
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The members by which lists name it: for experts, which are listed whole, itself."""
+        return (self.name,) if self.is_experts else self.members
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that a list may use for it."""
+        parent, _, leaf = self.name.rpartition(".")
+        also = (f"{parent}.{_ALSO[leaf]}",) if leaf in _ALSO else ()
+        return tuple(dict.fromkeys((*self.members, self.name, *also)))
+
+
+# How a runtime reads a configuration: the format of a module, None for not quantized.
+Reader = Callable[[Built], "str | None"]
+
+
+class UndecidedError(Exception):
+    """A runtime refuses to load a module: parts of a fused one differ, or nothing lists it."""
 
 
 def built_modules(modules: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -61,78 +91,75 @@ def built_modules(modules: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return built
 
 
-def vllm(entries: Iterable[str]) -> Rule:
-    """vLLM's rule for a list; it raises `PartlyExcludedError` where vLLM refuses to load."""
-    expanded: list[str] = []
-    for entry in entries:
-        expanded += [entry[:-1], f"{entry[:-1]}.*"] if entry.endswith("*") else [entry]
-    listed = frozenset(expanded)
-    globs = _matcher(expanded)
-    of_experts = [entry for entry in expanded if "experts" in entry]
-
-    def excluded(module: str, members: tuple[str, ...]) -> bool:
-        if _all_listed(members, listed.__contains__):
-            return True
-        if module.endswith(".experts") and any(module in entry for entry in of_experts):
-            return True
-        return globs(module) or any(entry in module for entry in expanded)
-
-    return excluded
+def formats_of(assignment: Assignment) -> tuple[str, ...]:
+    """The formats that quantize, those of experts first."""
+    return tuple(name for name in assignment.formats if name != UNQUANTIZED)
 
 
-def sglang(entries: Iterable[str]) -> Rule:
-    """SGLang's rule for a list; it raises `PartlyExcludedError` where SGLang refuses to load."""
-    listed = frozenset(entries)
-    globs = _matcher(listed)
-    tails = {entry.rpartition(".")[2] for entry in listed} & _MLA_PROJECTIONS
+def built_of(assignment: Assignment) -> list[Built]:
+    """Everything runtimes build, with its format; the output head always.
 
-    def below(name: str) -> bool:
-        parts = name.split(".")
-        return any(".".join(parts[:n]) in listed for n in range(1, len(parts) + 1))
-
-    def excluded(module: str, members: tuple[str, ...]) -> bool:
-        parts = module.split(".")
-        if any(globs(candidate) for candidate in (module, *parts)):
-            return True
-        if any(tail in parts[-1] for tail in tails):
-            return True
-        return below(module) or _all_listed(members, below)
-
-    return excluded
-
-
-def trtllm(entries: Iterable[str]) -> Rule:
-    """TensorRT-LLM's rule for a list; a fused module counts by its first member."""
-    globs = _matcher(entries)
-
-    def excluded(_module: str, members: tuple[str, ...]) -> bool:
-        parts = members[0].split(".")
-        return any(globs(".".join(parts[:n])) for n in range(1, len(parts) + 1))
-
-    return excluded
-
-
-RUNTIMES: dict[str, Callable[[Iterable[str]], Rule]] = {
-    "vLLM": vllm,
-    "SGLang": sglang,
-    "TensorRT-LLM": trtllm,
-}
+    Raises:
+        LayoutError: linear layers that runtimes fuse are not quantized alike.
+    """
+    found = [
+        Built(
+            layer.module, _matrices(layer), None if name == UNQUANTIZED else name, is_experts=True
+        )
+        for name, layers in assignment.experts.items()
+        for layer in layers
+    ]
+    formats: dict[str, str | None] = {_HEAD: None}
+    formats.update(dict.fromkeys(_left(assignment)))
+    for name, linears in assignment.linears.items():
+        formats.update(dict.fromkeys(linears, None if name == UNQUANTIZED else name))
+    for experts in [name for name in formats if name.rpartition(".")[2] == "experts"]:
+        del formats[experts]
+        members = tuple(f"{experts}.0.{projection}" for projection in _PROJECTIONS)
+        found.append(Built(experts, members, None, is_experts=True))
+    for module, members in built_modules(formats).items():
+        if len({formats[member] for member in members}) > 1:
+            raise LayoutError(
+                f"{show(module)}: runtimes build it as one module, and its parts are not "
+                "quantized alike; quantize all of them to one format, or none"
+            )
+        found.append(Built(module, members, formats[members[0]]))
+    return found
 
 
-def _matcher(entries: Iterable[str]) -> Callable[[str], bool]:
-    """Whether a whole name equals an entry, or fits one with ``*`` for any text."""
-    listed = frozenset(entries)
-    patterns = [".*".join(map(re.escape, e.split("*"))) for e in sorted(listed) if "*" in e]
-    pattern = re.compile("|".join(patterns)) if patterns else None
-
-    def matches(name: str) -> bool:
-        return name in listed or bool(pattern and pattern.fullmatch(name))
-
-    return matches
+def _left(assignment: Assignment) -> list[str]:
+    """Modules that stay as they are."""
+    inside = [module for modules in assignment.set_aside.values() for module in modules]
+    return [*assignment.kept, *inside]
 
 
-def _all_listed(members: tuple[str, ...], listed: Callable[[str], bool]) -> bool:
+def _matrices(layer: QuantizedExperts) -> tuple[str, ...]:
+    numbers = dict.fromkeys((layer.first, layer.first + layer.count - 1))
+    return tuple(f"{layer.module}.{n}.{p}" for n in numbers for p in layer.projections)
+
+
+def check(readers: Mapping[str, Reader], modules: Sequence[Built], what: str) -> None:
+    """Raise `LayoutError` unless every runtime reads the format of every module.
+
+    ``what``: what the runtimes read, for the message.
+    """
+    for runtime, read in readers.items():
+        for module in modules:
+            try:
+                found: str | None = read(module)
+            except UndecidedError:
+                found = "?"
+            if found != module.format:
+                raise LayoutError(
+                    f"{show(module.name)}: no {what} tells {runtime} that it is "
+                    f"{f'quantized to {module.format}' if module.format else 'not quantized'}, "
+                    "for its name is part of another's, or another's of it"
+                )
+
+
+def all_or_none(members: tuple[str, ...], listed: Callable[[str], bool]) -> bool:
+    """Whether all members of a module are listed; `UndecidedError` if only some are."""
     found = [listed(name) for name in members]
     if any(found) and not all(found):
-        raise PartlyExcludedError(members)
+        raise UndecidedError(members)
     return all(found)

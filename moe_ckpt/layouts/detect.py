@@ -186,31 +186,34 @@ def _group(
     containers: dict[tuple[str, tuple[str, ...]], Container] = {}
     unmatched: list[str] = []
     for name, info in tensors.items():
+        found = False
         for pattern, forms in matchers:
             match = pattern.fullmatch(name)
             if match is None:
                 continue
             form, layer, source = forms[0], match[1], f"{match[1]}.{match[2]}"
+            is_bias = match["leaf"] in form.biases
             key = (source, form.leaves)
             group = containers.setdefault(
                 key, Container(layer, source, forms, tensors, family, sizes)
             )
-            if match["leaf"] in form.leaves:
+            found = True
+            if not is_bias:
                 expert = int(match[3] or -1)
                 group.members[expert, form.leaves.index(match["leaf"])] = name
-            else:
-                group.biases[form.biases.index(match["leaf"])] = name
-            break
-        else:
+                break
+            group.biases[form.biases.index(match["leaf"])] = name  # of forms with other leaves too
+        if not found:
             if _is_expert(info) or _is_stack(info, sizes):
                 unmatched.append(name)
-    stacks = {stack_of(group.layer) for group in containers.values()}
+    groups = [group for group in containers.values() if group.members]
+    stacks = {stack_of(group.layer) for group in groups}
 
     def routed(name: str) -> bool:
         return set_aside(name, stacks, num_layers) is None
 
     return (
-        [group for group in containers.values() if routed(f"{group.source}.")],
+        [group for group in groups if routed(f"{group.source}.")],
         [name for name in unmatched if routed(name)],
     )
 

@@ -1,0 +1,34 @@
+"""The source's config.json, without what it says about quantization."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["as_text", "with_quantization"]
+
+_KEYS = frozenset({"quantization_config", "compression_config"})
+
+
+def with_quantization(config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> str:
+    r"""The text of config.json: the source's keys in their order, and the new quantization.
+
+    The old one goes from every level: multi-modal models may have it in ``text_config``.
+
+    >>> with_quantization({"text_config": {"quantization_config": {}, "a": 1}}, None)
+    '{\n  "text_config": {\n    "a": 1\n  }\n}\n'
+    """
+    kept = _without(config)
+    return as_text(kept if quantization is None else kept | {"quantization_config": quantization})
+
+
+def _without(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without(item) for key, item in value.items() if key not in _KEYS}
+    return [_without(item) for item in value] if isinstance(value, list) else value
+
+
+def as_text(value: Any) -> str:
+    """JSON as all files are written."""
+    return json.dumps(value, indent=2) + "\n"

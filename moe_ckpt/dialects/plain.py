@@ -1,0 +1,27 @@
+"""The dialect of checkpoints that are not quantized: experts one by one, all in 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .config import with_quantization
+from .dialect import Assignment, Dialect, Spelling
+from .matching import SGLANG, TRANSFORMERS, TRTLLM, UNQUANTIZED, VLLM
+
+__all__ = ["DIALECT"]
+
+
+def config_files(config: Mapping[str, Any], _assignment: Assignment) -> dict[str, str]:
+    """The text of config.json, which says nothing of quantization."""
+    return {"config.json": with_quantization(config, None)}
+
+
+DIALECT = Dialect(
+    name="none",
+    summary="not quantized: what a model hub calls the bf16 checkpoint",
+    spellings={
+        UNQUANTIZED: Spelling({"qweight": "weight"}, (VLLM, SGLANG, TRTLLM, TRANSFORMERS)),
+    },
+    config_files=config_files,
+)
