@@ -90,9 +90,7 @@ def assign(
         return attempt(in_form=False)
 
 
-def formats_of_experts(
-    detection: Detection, recipe: Recipe, problems: Problems
-) -> tuple[str, ...]:
+def formats_of_experts(detection: Detection, recipe: Recipe, problems: Problems) -> tuple[str, ...]:
     """What the recipe says of each group of experts."""
     return tuple(format_of_experts(found, recipe, problems) for found in detection.experts)
 

@@ -181,5 +181,3 @@ def _tasks(
         shared = shared_amax.get(job) if job.is_stacked else None
         for batch in batches(job, budget):
             yield partial(Worker.convert, batch=batch, out=out, shared=shared)
-
-

@@ -107,9 +107,7 @@ ENCODINGS: tuple[Encoding, ...] = (
         1,
         (Scale("block_scale", "_scale_inv", (*_FLOATS, "F8_E8M0"), 128, 128),),
     ),
-    Encoding(
-        "MXFP8", "mxfp8", "", "F8_E4M3", 1, (Scale("block_scale", "_scale_inv", _E8M0, 32),)
-    ),
+    Encoding("MXFP8", "mxfp8", "", "F8_E4M3", 1, (Scale("block_scale", "_scale_inv", _E8M0, 32),)),
     Encoding("MXFP8", "mxfp8", "", "F8_E4M3", 1, (Scale("block_scale", "_scale", _E8M0, 32),)),
     Encoding(
         "FP8 per tensor",

@@ -97,9 +97,7 @@ class Loader:
     def scalars(self, batch: Batch, role: str) -> torch.Tensor:
         """A scalar part of every source tensor of every slab, float32 [B, R] on the host."""
         members = len(batch.slabs[0].reads)
-        index, part = next(
-            (i, p) for i, p in enumerate(batch.job.encoded.parts) if p.role == role
-        )
+        index, part = next((i, p) for i, p in enumerate(batch.job.encoded.parts) if p.role == role)
         itemsize = DTYPES[part.dtype].itemsize
         raw = torch.empty(batch.count * members * itemsize, dtype=torch.uint8)
         view = raw.numpy().data

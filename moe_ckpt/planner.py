@@ -19,7 +19,7 @@ from .calibration import Calibration
 from .checkpoint import Source, open_source
 from .choice import Choice, choose, output_name
 from .dialects import Dialect, dialect_for
-from .errors import InputError, LayoutError, Problems, StatsError, UsageError, show, show_some
+from .errors import LayoutError, Problems, UsageError, show, show_some
 from .formats import find_format
 from .kv_cache import kv_cache_units
 from .layouts import LAYOUTS, ORDERS, Detection, Given, detect
@@ -255,9 +255,7 @@ class _Planner:
             },
         )
 
-    def _units(
-        self, make: UnitMaker, choice: Choice, assigned: Assigned
-    ) -> list[tuple[str, Unit]]:
+    def _units(self, make: UnitMaker, choice: Choice, assigned: Assigned) -> list[tuple[str, Unit]]:
         """All units, each with the source tensor that decides its place."""
         detection, tensors = self.detection, self.weights.tensors
         units: list[tuple[str, Unit]] = []

@@ -124,7 +124,9 @@ class Worker:
 
             self._write_piece(batch, piece, tuple(weight_BPNK.shape), fill, out)
         scalars = codec.weight_scales(amax_B)
-        values = {role: value.view(-1, 1).expand(-1, len(job.rows)) for role, value in scalars.items()}
+        values = {
+            role: value.view(-1, 1).expand(-1, len(job.rows)) for role, value in scalars.items()
+        }
         self._write_scalars(batch, values, out)
 
     def _move(self, batch: Batch, out: ShardWriter) -> None:
@@ -192,7 +194,9 @@ class Worker:
             B, P, N, _ = views["qweight"].shape
             self._write_piece(batch, piece, (B, P, N, job.columns), fill, out)
         scale = nvfp4_from_mxfp4.global_scale(exponent_B)
-        self._write_scalars(batch, {"global_scale": scale.view(-1, 1).expand(-1, len(job.rows))}, out)
+        self._write_scalars(
+            batch, {"global_scale": scale.view(-1, 1).expand(-1, len(job.rows))}, out
+        )
 
     def _max_exponent(self, batch: Batch) -> torch.Tensor:
         """The largest exponent of each slab's blocks, int32 [B]."""

@@ -34,7 +34,16 @@ from .errors import InputError, Problems, RecipeError, UsageError, show, show_so
 from .formats import FORMATS, find_format
 from .regular import read_regular
 
-__all__ = ["KEEP", "QUANTIZE", "RECIPE_FILE", "Recipe", "Rule", "built_in", "read_recipe", "recipe_text"]
+__all__ = [
+    "KEEP",
+    "QUANTIZE",
+    "RECIPE_FILE",
+    "Recipe",
+    "Rule",
+    "built_in",
+    "read_recipe",
+    "recipe_text",
+]
 
 KEEP = "keep"
 RECIPE_FILE = "moe-ckpt-recipe.toml"  # in the output: what each module became

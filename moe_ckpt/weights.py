@@ -16,7 +16,7 @@ from .checkpoint import Source
 from .dtypes import nbytes_of
 from .encodings import ENCODINGS, SCALE_ENDINGS, Encoding
 from .errors import CheckpointError, Problems, show, show_some
-from .formats import Part, find_format
+from .formats import Part
 from .headers import TensorInfo
 from .plan import Encoded, Read
 from .regular import read_regular
@@ -141,15 +141,15 @@ def weights_of(source: Source) -> Weights:
         beside.update(others)
         lead, n, k = encoding.sizes(info) or ((), 0, 0)
         beside.add(info.name)
-        tensors[name] = TensorInfo(
-            name, "F32", (*lead, n, k), info.shard, info.offset, info.nbytes
-        )
+        tensors[name] = TensorInfo(name, "F32", (*lead, n, k), info.shard, info.offset, info.nbytes)
     if scaleless:
         problems.add(CheckpointError, show_some(scaleless))
     orphans = [
         name
         for name, info in source.tensors.items()
-        if name not in beside and name.endswith(SCALE_ENDINGS) and f"{name}" not in stored
+        if name not in beside
+        and name.endswith(SCALE_ENDINGS)
+        and f"{name}" not in stored
         and not _is_weight(info)
     ]
     if orphans and not scaleless:
@@ -230,7 +230,12 @@ def _match(
             infos.append(inputs[0])
         elif number_format == "nvfp4":
             number_format = "nvfp4-w4a16"
-        return encoding, Encoded(number_format, tuple(parts), encoding.inverse), tuple(infos), others
+        return (
+            encoding,
+            Encoded(number_format, tuple(parts), encoding.inverse),
+            tuple(infos),
+            others,
+        )
     return None
 
 

@@ -94,4 +94,3 @@ def _refusal(dialect: Dialect, formats: Sequence[str]) -> str:
 def _instead(formats: Sequence[str]) -> str:
     names = [dialect.name for dialect in DIALECTS if not _refusal(dialect, formats)]
     return f"; choose {' or '.join(names)}" if names else ""
-
