@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from ..errors import UsageError
 from . import compressed_tensors, fp8, modelopt, plain
 from .dialect import Assignment, Dialect, QuantizedExperts, Spelling
-from .matching import UNQUANTIZED
+from .matching import TRANSFORMERS, UNQUANTIZED
 
 __all__ = ["DIALECTS", "Assignment", "Dialect", "QuantizedExperts", "Spelling"]
 __all__ += ["dialect_for", "find_dialect", "loaders_of"]
@@ -71,10 +71,21 @@ def dialect_for(formats: Sequence[str], wanted: str | None = None) -> Dialect:
     raise UsageError(f"no dialect writes {' with '.join(asked)}: {reasons}")
 
 
-def loaders_of(dialect: Dialect, formats: Sequence[str]) -> tuple[str, ...]:
-    """The runtimes that read all these formats, also for experts, in the dialect."""
-    first, *rest = [dialect.spellings[name].loaders for name in formats]
-    return tuple(name for name in first if all(name in loaders for loaders in rest))
+def loaders_of(
+    dialect: Dialect, experts: Sequence[str], linears: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """The runtimes that read experts and linear layers of these formats in the dialect.
+
+    transformers takes all experts to be of one format (integrations/compressed_tensors.py,
+    get_experts_scheme).
+    """
+    known = [dialect.spellings[name].loaders for name in (*experts, *linears)]
+    several = len({name for name in experts if name != UNQUANTIZED}) > 1
+    return tuple(
+        name
+        for name in known[0]
+        if all(name in loaders for loaders in known) and not (several and name == TRANSFORMERS)
+    )
 
 
 def _refusal(dialect: Dialect, formats: Sequence[str]) -> str:

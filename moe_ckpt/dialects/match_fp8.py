@@ -84,15 +84,17 @@ def transformers(entries: Sequence[str]) -> Rule:
     """transformers' rule for a list; it builds no fused modules."""
     ends = tuple(entries)
     alternatives = "|".join(f"(?:{entry})" for entry in entries)
-    pattern = re.compile(rf"(?:{alternatives})(?:(?<=\.)|(?=\.|$))") if entries else None
+    try:
+        pattern = re.compile(rf"(?:{alternatives})(?:(?<=\.)|(?=\.|$))")
+    except re.error:
+        pattern = None  # a name with brackets, say: it raises as well
 
     def skipped(name: str) -> bool:
-        return name.endswith(ends) or bool(pattern and pattern.match(name))
+        if pattern is None:
+            raise UndecidedError(name)
+        return name.endswith(ends) or bool(entries and pattern.match(name))
 
     def excluded(module: Built) -> bool:
-        found = {skipped(name) for name in module.linears}
-        if len(found) > 1:
-            raise UndecidedError(module.name)
-        return found.pop()
+        return all_or_none(module.linears, skipped)
 
     return excluded

@@ -11,7 +11,8 @@ say which they are. They end in ``$``, for runtimes look at the start of a name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 
 from .match_compressed import LINEAR, fits
 from .matching import Built
@@ -23,7 +24,7 @@ _ANY_PREFIX = r"re:(.*\.)?"
 
 def ignore_list(modules: Sequence[Built], set_aside: Iterable[str]) -> list[str]:
     """Names and expressions of what is not quantized, and of the parts set aside."""
-    used = [name for module in modules if module.format for name in module.names]
+    misses = _missing(name for module in modules if module.format for name in module.names)
     entries: set[str] = set()
     for module in modules:
         if module.format:
@@ -32,9 +33,9 @@ def ignore_list(modules: Sequence[Built], set_aside: Iterable[str]) -> list[str]
         tails = [module.name] if module.is_experts else module.names
         for name in tails:
             end = r"\..*" if module.is_experts else "$"
-            entries.update(_widest(name, end, used)[:1])
+            entries.update(_widest(name, end, misses))
     for part in set_aside:
-        entries.update(_widest(part, r"\..*", used)[:1])
+        entries.update(_widest(part, r"\..*", misses))
     return sorted(entries)
 
 
@@ -49,31 +50,41 @@ def targets_of(modules: Sequence[Built]) -> dict[str, list[str]]:
     if len(formats) == 1:
         return {name: [LINEAR] for name in formats}
     targets: dict[str, set[str]] = {name: set() for name in formats}
-    for module in quantized:
-        assert module.format is not None
-        others = [n for m in quantized if m.format != module.format for n in m.names]
-        targets[module.format].update(_targets(module, others))
+    for name, found in targets.items():
+        misses = _missing(n for module in quantized if module.format != name for n in module.names)
+        found.update(t for m in quantized if m.format == name for t in _targets(m, misses))
     return {name: sorted(found) for name, found in targets.items()}
 
 
-def _targets(module: Built, others: Sequence[str]) -> list[str]:
+def _targets(module: Built, misses: Callable[[str], bool]) -> list[str]:
     if module.is_experts:
         end = r"\.\d+\.\w+$"
         anywhere = rf"{_ANY_PREFIX}experts{end}"
-        return [p for p in (anywhere, *_widest(module.name, end, others)) if _misses(p, others)][:1]
+        return [anywhere] if misses(anywhere) else _widest(module.name, end, misses)
     parent = module.name.rpartition(".")[0]
     leaves = sorted({name.rpartition(".")[2] for name in module.names})
     leaf = leaves[0] if len(leaves) == 1 else f"({'|'.join(leaves)})"
     end = rf"\.{leaf}$" if parent else "$"
-    found = _widest(parent or module.name, end, others)[:1]
+    found = _widest(parent or module.name, end, misses)
     return [pattern.replace("shared_experts", "shared_expert[s]") for pattern in found]
 
 
-def _widest(name: str, end: str, others: Iterable[str]) -> list[str]:
-    r"""Expressions for a name and what follows it, the widest first, that miss all others.
+def _missing(others: Iterable[str]) -> Callable[[str], bool]:
+    """Whether an expression means none of these names."""
+    names = list(others)
 
-    >>> _widest("model.layers.3.mlp.gate", "$", ["mtp.layers.0.mlp.gate"])
-    ['re:(.*\\.)?layers\\.3\\.mlp\\.gate$', 're:model\\.layers\\.3\\.mlp\\.gate$']
+    @cache
+    def misses(pattern: str) -> bool:
+        return not any(fits(pattern, name) for name in names)
+
+    return misses
+
+
+def _widest(name: str, end: str, misses: Callable[[str], bool]) -> list[str]:
+    r"""The widest expression for a name and what follows it that misses others, if one does.
+
+    >>> _widest("model.layers.3.mlp.gate", "$", _missing(["mtp.layers.0.mlp.gate"]))
+    ['re:(.*\\.)?layers\\.3\\.mlp\\.gate$']
     """
     parts = name.split(".")
     first = next((n for n, part in enumerate(parts) if part.isdigit()), len(parts))
@@ -87,9 +98,4 @@ def _widest(name: str, end: str, others: Iterable[str]) -> list[str]:
         f"{_ANY_PREFIX}{layer}{end}",
         f"re:{re.escape(name)}{end}",
     )
-    others = list(others)
-    return [p for p in dict.fromkeys(candidates) if _misses(p, others)]
-
-
-def _misses(pattern: str, others: Iterable[str]) -> bool:
-    return not any(fits(pattern, name) for name in others)
+    return next(([pattern] for pattern in candidates if misses(pattern)), [])
