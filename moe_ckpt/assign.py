@@ -132,6 +132,7 @@ def _assignment(
                 QuantizedExperts(module, first, last - first + 1, projections)
             )
     kept = [module for module in choice.kept if module not in quantized]
+    kept += built_as(detection)
     aside: dict[str, Sequence[str]] = {}
     for prefix, modules in choice.set_aside.items():
         rest = [module for module in dict.fromkeys(modules) if module not in quantized]
@@ -146,6 +147,13 @@ def _assignment(
         set_aside=aside,
         kv_cache=kv_cache,
     )
+
+
+def built_as(detection: Detection) -> list[str]:
+    """Routers that runtimes build under names that no tensor has."""
+    family = detection.family
+    layers = {found.output.removesuffix(f".{family.split}") for found in detection.experts}
+    return [f"{layer}.{name}" for layer in sorted(layers) for name in family.built_as]
 
 
 def _quantized(found: Experts) -> QuantizedExperts:

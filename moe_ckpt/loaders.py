@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from . import dialects
 from .dialects import Dialect
 from .errors import LayoutError, show, show_some
 from .layouts import Detection, Family
@@ -40,8 +41,9 @@ def form_of_experts(detection: Detection, wanted: str, formats: Sequence[str]) -
     if wanted == "auto":
         fused = max((len(family.fused_loaders.get(name, ())) for name in formats), default=0)
         split = len(split_loaders(family, detection.model_type))
-        form = "fused" if fused > split else "split"
-        if not fused and not split and family.instead:
+        known = all(name in family.fused_loaders for name in formats)
+        form = "fused" if fused > split or (known and not split) else "split"
+        if form == "split" and not split and family.instead:
             raise LayoutError(
                 f"model type {model_type}: no runtime is known to read its experts quantized one "
                 f"by one: {family.instead}. To write them so all the same, say --experts split"
@@ -80,8 +82,9 @@ def loaders_of(
     known = set(split_loaders(family, detection.model_type))
     if form == "fused":
         known = set.intersection(*(set(family.fused_loaders.get(f, ())) for f in of_experts))
-    names = [dialect.spellings[name].loaders for name in formats]
-    return tuple(name for name in names[0] if name in known and all(name in n for n in names))
+    linears = [name for name in formats if name not in of_experts]
+    spelled = dialects.loaders_of(dialect, of_experts, linears)
+    return tuple(name for name in spelled if name in known)
 
 
 def loader_warnings(
