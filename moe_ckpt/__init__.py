@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
+    AmaxError,
     CheckpointError,
     EnvironmentFaultError,
     FormatError,
@@ -19,6 +20,7 @@ from .errors import (
     LayoutError,
     MoeCkptError,
     OutputRefusedError,
+    RecipeError,
     StatsError,
     UsageError,
 )
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from .report import inspect
 
 __all__ = [
+    "AmaxError",
     "CheckpointError",
     "EnvironmentFaultError",
     "FormatError",
@@ -39,6 +42,7 @@ __all__ = [
     "MoeCkptError",
     "OutputRefusedError",
     "Plan",
+    "RecipeError",
     "Result",
     "StatsError",
     "UsageError",

@@ -99,7 +99,9 @@ def choose(
     reason_kept = "kept by the recipe" if recipe.file else "not a routed expert"
     linears = []
     for group in amax_groups(candidates):
-        formats = {recipe.format_of(output_name(detection, m)): m for m in group}
+        formats: dict[str, str] = {}
+        for module in group:
+            formats.setdefault(recipe.format_of(output_name(detection, module)), module)
         if len(formats) > 1:
             each = [f"{output_name(detection, m)} {chosen}" for chosen, m in formats.items()]
             problems.add(

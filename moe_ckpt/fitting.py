@@ -26,10 +26,13 @@ def formats_that_fit(shapes: Sequence[tuple[int, ...]]) -> str:
 
     The last shape decides those: experts are sharded along the K of down.
     """
-    found = []
+    found: dict[tuple[int, ...], list[str]] = {}
     for row in FORMATS:
         fits = all(n % row.n_multiple == 0 and k % row.k_multiple == 0 for n, k in shapes)
         if fits and row.name != "bf16":
-            sizes = tensor_parallel_sizes(row, shapes[-1][1])
-            found.append(f"{row.name} (tensor parallel {', '.join(map(str, sizes))})")
-    return f"--format {' or '.join(found)}"
+            found.setdefault(tensor_parallel_sizes(row, shapes[-1][1]), []).append(row.name)
+    named = (
+        f"{', '.join(names)} (tensor parallel {', '.join(map(str, sizes))})"
+        for sizes, names in found.items()
+    )
+    return f"--format {' or '.join(named)}"

@@ -290,7 +290,8 @@ class Plan:
         for shard in self.shards:
             state.update(shard.name.encode())
             state.update(header_of(shard.tensors))
-            for item in (*shard.jobs, *shard.copies, *shard.constants):
+            copies = [replace(copy, reason="") for copy in shard.copies]
+            for item in (*shard.jobs, *copies, *shard.constants):
                 state.update(repr(item).encode())
         return state.hexdigest()
 

@@ -18,6 +18,7 @@ from .encodings import ENCODINGS, SCALE_ENDINGS, Encoding
 from .errors import CheckpointError, Problems, show, show_some
 from .formats import Part
 from .headers import TensorInfo
+from .layouts.packed import name_of_packing
 from .plan import Encoded, Read
 from .regular import read_regular
 from .strict_json import parse_object
@@ -142,8 +143,10 @@ def weights_of(source: Source) -> Weights:
         lead, n, k = encoding.sizes(info) or ((), 0, 0)
         beside.add(info.name)
         tensors[name] = TensorInfo(name, "F32", (*lead, n, k), info.shard, info.offset, info.nbytes)
+    packing = name_of_packing({name: info.dtype for name, info in source.tensors.items()})
+    seems = f"; it seems to be packed as {packing}" if packing else ""
     if scaleless:
-        problems.add(CheckpointError, show_some(scaleless))
+        problems.add(CheckpointError, f"{show_some(scaleless)}{seems}")
     orphans = [
         name
         for name, info in source.tensors.items()
@@ -156,7 +159,7 @@ def weights_of(source: Source) -> Weights:
         problems.add(
             CheckpointError,
             f"{show_some(orphans)}: belongs to no quantized weight; the checkpoint is incomplete, "
-            "or quantized in a way that this version does not know",
+            f"or quantized in a way that this version does not know{seems}",
         )
     problems.check()
     counts = Counter(of.name for of in stored.values())

@@ -245,16 +245,21 @@ def test_bad_configs(source, text):
         {"quantization_config": "fp8"},
     ],
 )
-def test_quantized_sources_are_named(source, change):
+def test_what_a_config_says_of_quantization_and_is_not_so_is_replaced(source, change):
     config = json.loads((source / "config.json").read_text()) | change
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"quantized already \(quant_method fp8\)"):
-        moe_ckpt.make_plan(source)
+    plan = moe_ckpt.make_plan(source, format="bf16")
+    assert "says that the weights are quantized, and none is" in plan.warnings[0]
+    assert "fp8" not in plan.files["config.json"]
 
 
-def test_quantized_sources_that_only_say_so_beside_the_config(source):
-    (source / "hf_quant_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="quantized already"):
+def test_what_is_said_beside_the_config_counts(source):
+    said = {"quantization": {"quant_algo": "NVFP4"}}
+    (source / "hf_quant_config.json").write_text(json.dumps(said))
+    plan = moe_ckpt.make_plan(source)
+    assert plan.warnings[0].startswith("hf_quant_config.json says that the weights are quantized")
+    (source / "hf_quant_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="hf_quant_config.json"):
         moe_ckpt.make_plan(source)
 
 

@@ -27,11 +27,11 @@ def test_convert_with_statistics(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "shard 1 of 1: model.safetensors" in done.stderr
-    assert "48 matrices quantized to nvfp4, 21 tensors copied" in done.stderr
+    assert "48 matrices nvfp4, 21 tensors copied" in done.stderr
     assert "warnings: none" in done.stderr
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         *(".moe-ckpt", "config.json", "generation_config.json", "hf_quant_config.json"),
-        "model.safetensors",
+        *("model.safetensors", "moe-ckpt-recipe.toml"),
     }
 
 

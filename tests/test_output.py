@@ -143,6 +143,7 @@ def test_side_files_are_copied_and_other_weights_are_not(source, tmp_path):
     files = read_files(tmp_path / "out")
     assert set(files) == {
         *("model.safetensors", "config.json", "hf_quant_config.json", "generation_config.json"),
+        "moe-ckpt-recipe.toml",
         *("chat_templates/tool.jinja", "modeling.py", "tokenizer.json", "long" * 60),
         os.fsdecode(b"bad\xff.txt"),
     }

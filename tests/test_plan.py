@@ -64,8 +64,8 @@ def test_every_byte_has_one_place(tmp_path_factory, made, number_format, quantiz
         for job in shard.jobs:
             written += [(r.offset, r.slab_nbytes * len(job.slabs)) for r in job.regions]
             for slab in job.slabs:
-                assert sum(r.nbytes for r in slab.reads) == job.slab_nbytes
-                for read in slab.reads:
+                assert sum(read.nbytes for (read,) in slab.reads) == job.slab_nbytes
+                for (read,) in slab.reads:
                     reads[read.shard].append((read.offset, read.nbytes))
         assert covers(written, 0) == shard.data_nbytes == sum(t.nbytes for t in shard.tensors)
         header = header_of(shard.tensors)
@@ -136,12 +136,12 @@ def test_a_name_that_would_be_written_twice_is_refused(tmp_path):
         "model.layers.0.mlp.experts.gate_up_proj": ("BF16", [2, 64, 64]),
         "model.layers.0.mlp.experts.down_proj": ("BF16", [2, 64, 32]),
         "model.layers.0.self_attn.q_proj.weight": ("BF16", [64, 64]),
-        "model.layers.0.self_attn.q_proj.weight_scale": ("F32", []),
+        "model.layers.0.self_attn.q_proj.input_scale": ("F32", []),
     }
     config = {"model_type": "qwen3_moe", "num_experts": 2, "moe_intermediate_size": 32}
     folder = write_headers(tmp_path, {"model.safetensors": tensors}, config | {"hidden_size": 64})
     moe_ckpt.make_plan(folder)
-    with pytest.raises(LayoutError, match=r"q_proj\.weight_scale: would be written twice"):
+    with pytest.raises(LayoutError, match=r"q_proj\.input_scale: would be written twice"):
         moe_ckpt.make_plan(folder, quantize="linear")
 
 

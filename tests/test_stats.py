@@ -165,12 +165,12 @@ def test_a_weight_only_format_still_reads_its_statistics(tmp_path, model):
 
 
 def test_unknown_keys_are_noted(tmp_path, model):
-    modules = {f"{EXPERTS}.gate_up_proj": {"input_amax": 1, "output_amax": 2}}
+    modules = {f"{EXPERTS}.gate_up_proj": {"input_amax": 1, "median": 2}}
     modules |= {f"{EXPERTS}.down_proj": {"input_amax": 1, "num_tokens": 7}}
     file = stats_file(tmp_path, modules, num_tokens=9, made_by="x")
     plan = moe_ckpt.make_plan(model, stats=[file])
     assert plan.notes == (
-        "stats.json: keys unknown to this version were ignored: made_by, output_amax",
+        "stats.json: keys unknown to this version were ignored: made_by, median",
     )
 
 

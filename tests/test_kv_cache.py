@@ -1,0 +1,115 @@
+"""Scales of an FP8 KV cache: from statistics, or carried over."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from conftest import FIXTURES, read_json
+from experts import load
+
+import moe_ckpt
+from moe_ckpt import StatsError, UsageError
+
+SOURCE = FIXTURES / "qwen3_moe" / "source"
+
+
+@pytest.fixture
+def stats(tmp_path):
+    """Statistics with an output amax for every k_proj and v_proj, each its own."""
+    top = read_json(FIXTURES / "qwen3_moe" / "stats.json")
+    for layer in (0, 1):
+        for number, leaf in enumerate(("k_proj", "v_proj")):
+            entry = top["modules"].setdefault(f"model.layers.{layer}.self_attn.{leaf}", {})
+            entry["output_amax"] = 448.0 * (1 + 2 * layer + number)
+    path = tmp_path / "stats.json"
+    path.write_text(json.dumps(top))
+    return path
+
+
+NAMES = {"modelopt": ("k_proj.k_scale", "v_proj.v_scale"), "compressed-tensors": None}
+
+
+@pytest.mark.parametrize("dialect", ["modelopt", "compressed-tensors"])
+def test_scales_are_output_amax_over_448(tmp_path, stats, dialect):
+    out = tmp_path / "out"
+    moe_ckpt.convert(SOURCE, out, stats=[stats], kv_cache="fp8", dialect=dialect)
+    found = {name: t for name, t in load(out).items() if name.endswith(("k_scale", "v_scale"))}
+    values = {name: float(tensor) for name, tensor in found.items()}
+    k, v = ("k_proj.k_scale", "v_proj.v_scale") if dialect == "modelopt" else ("k_scale", "v_scale")
+    assert values == {
+        f"model.layers.{layer}.self_attn.{name}": 1.0 + 2 * layer + number
+        for layer in (0, 1)
+        for number, name in enumerate((k, v))
+    }
+    config = read_json(out / "config.json")["quantization_config"]
+    scheme = config["kv_cache_scheme"]
+    assert (scheme["num_bits"], scheme["type"], scheme["dynamic"]) == (8, "float", False)
+    if dialect == "modelopt":
+        nested = read_json(out / "hf_quant_config.json")["quantization"]
+        assert nested["kv_cache_quant_algo"] == "FP8"
+
+
+def test_never_by_default(tmp_path, stats):
+    moe_ckpt.convert(SOURCE, tmp_path / "out", stats=[stats])
+    assert not any(name.endswith(("k_scale", "v_scale")) for name in load(tmp_path / "out"))
+    text = (tmp_path / "out" / "config.json").read_text()
+    assert "kv_cache" not in text
+
+
+def test_the_larger_of_two_files_counts(tmp_path, stats):
+    top = read_json(stats)
+    name = "model.layers.0.self_attn.k_proj"
+    top["modules"] = {name: {"output_amax": 896.0}}
+    (tmp_path / "more.json").write_text(json.dumps(top))
+    moe_ckpt.convert(
+        SOURCE, tmp_path / "out", stats=[stats, tmp_path / "more.json"], kv_cache="fp8"
+    )
+    assert float(load(tmp_path / "out")[f"{name}.k_scale"]) == 2.0
+
+
+def test_statistics_without_outputs_are_refused(stats):
+    top = read_json(stats)
+    del top["modules"]["model.layers.1.self_attn.v_proj"]["output_amax"]
+    top["modules"]["model.layers.0.self_attn.k_proj"]["output_amax"] = 0
+    stats.write_text(json.dumps(top))
+    with pytest.raises(StatsError) as caught:
+        moe_ckpt.make_plan(SOURCE, stats=[stats], kv_cache="fp8")
+    assert len(caught.value.problems) == 2
+    assert "layers.1.self_attn.v_proj: has no output_amax" in caught.value.problems[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"format": "fp8-block"}, "dialect fp8 has no KV cache scheme"),
+        ({"format": "bf16"}, "dialect none has no KV cache scheme"),
+    ],
+)
+def test_dialects_without_a_scheme_refuse(stats, options, words):
+    source = FIXTURES / "qwen3_moe_wide" / "source"
+    with pytest.raises(UsageError, match=words):
+        moe_ckpt.make_plan(source, stats=[stats], kv_cache="fp8", **options)
+
+
+def test_a_model_without_k_and_v_is_refused(stats):
+    with pytest.raises(moe_ckpt.LayoutError, match="no attention with k_proj and v_proj"):
+        moe_ckpt.make_plan(
+            FIXTURES / "deepseek_v3" / "source", stats=[stats], kv_cache="fp8", format="fp8-channel"
+        )
+
+
+@pytest.mark.parametrize("dialect", ["modelopt", "compressed-tensors"])
+def test_what_the_source_has_passes_through(tmp_path, stats, dialect):
+    one, two = tmp_path / "one", tmp_path / "two"
+    moe_ckpt.convert(SOURCE, one, stats=[stats], kv_cache="fp8")
+    moe_ckpt.convert(one, two, dialect=dialect)
+    first, second = load(one), load(two)
+    scales = [name for name in first if name.endswith(("k_scale", "v_scale"))]
+    assert len(scales) == 4
+    assert all(float(second[name]) == float(first[name]) for name in scales)
+    assert read_json(two / "config.json")["quantization_config"]["kv_cache_scheme"]
+    shutil.rmtree(two)
+    with pytest.raises(moe_ckpt.LayoutError, match="has scales of the KV cache already"):
+        moe_ckpt.convert(one, two, stats=[stats], kv_cache="fp8")
