@@ -10,6 +10,9 @@ from .fitting import tensor_parallel_sizes
 from .formats import FORMATS, QuantFormat
 from .layouts import CHECKS, FAMILIES, LAYOUTS, SPLIT, UNSUPPORTED, Family
 from .loaders import split_loaders
+from .report import table
+
+_EXAMPLE = 768  # experts of Qwen3-30B-A3B
 
 __all__ = ["formats_document", "formats_lines", "layouts_document", "layouts_lines"]
 
@@ -26,48 +29,57 @@ def formats_document() -> dict[str, Any]:
 
 def formats_lines() -> Iterator[str]:
     """The same as lines of text."""
+    rows = []
     for row in FORMATS:
         found = _format_row(row)
-        yield f"{row.name}: {row.summary}; activations {row.activations}"
-        yield (
-            f"  bits      {found['bits_per_weight']:g} a weight, {found['percent_of_bf16']}% of "
-            "bf16, what is stored once for a row or a matrix not counted"
-        )
-        rows = f", rows of {row.n_multiple}" if row.n_multiple > 1 else ""
-        yield f"  sizes     multiples of {row.k_multiple} columns{rows}"
-        yield f"  stats     {found['statistics']}"
+        cells = (row.name, f"{row.bits_per_weight():g}", found["block"], row.activations)
+        cells += (found["statistics"], found["sizes"])
         for spelled in found["dialects"]:
-            mark = ", the default" if spelled["default"] else ""
-            loaders = ", ".join(spelled["loads_in"]) or "no runtime known"
-            yield f"  dialect   {spelled['name']}{mark}: {loaders}"
-        for refused in found["refused"]:
-            yield f"  not in    {refused['dialect']}: {refused['reason']}"
-        yield ""
-    yield "Dialects"
-    for dialect in DIALECTS:
-        yield f"  {dialect.name:20}{dialect.summary}"
+            mark = "*" if spelled["default"] else ""
+            rows.append((*cells, f"{spelled['name']}{mark}", ", ".join(spelled["loads_in"])))
+            cells = ("",) * len(cells)
+    head = ("format", "bits", "block", "activations", "statistics", "sizes", "dialect", "loads in")
+    yield from table(head, rows)
     yield ""
-    yield "The runtimes are those that read Mixture-of-Experts models in that format; which of them"
-    yield "read a family's experts, `moe-ckpt layouts` says. Tensor parallelism cuts the experts' I:"
-    example = 768
-    sizes = {row.name: tensor_parallel_sizes(row, example) for row in FORMATS}
-    yield f"for I = {example} it may be"
-    for name, tp in sizes.items():
-        yield f"  {name:20}{', '.join(map(str, tp)) or 'none: I does not fit'}"
+    yield "bits       of one weight with its scales, but for what is stored once for a row or matrix"
+    yield "block      the weights that share a scale"
+    yield "sizes      what the columns of a matrix, and of fp8-block its rows, are multiples of"
+    yield "dialect    * is the default; runtimes are those that read Mixture-of-Experts models so,"
+    yield "           and which experts of which family they read, `moe-ckpt layouts` says"
+    yield ""
+    for dialect in DIALECTS:
+        yield f"{dialect.name:20}{dialect.summary}"
+    yield ""
+    for dialect in DIALECTS:
+        reasons: dict[str, list[str]] = {}
+        for name, reason in dialect.refused.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            yield f"{dialect.name} does not write {', '.join(names)}: {reason}"
+    yield ""
+    yield f"Tensor parallelism cuts the experts' I. For I = {_EXAMPLE} these sizes leave whole blocks:"
+    sizes: dict[tuple[int, ...], list[str]] = {}
+    for row in FORMATS:
+        sizes.setdefault(tensor_parallel_sizes(row, _EXAMPLE), []).append(row.name)
+    for tp, names in sizes.items():
+        yield f"  {', '.join(map(str, tp)):20}{', '.join(names)}"
 
 
 def _format_row(row: QuantFormat) -> dict[str, Any]:
     default = dialect_for([row.name], None)
-    bits = row.bits_per_weight()
     statistics = "not used"
     if row.input_scale:
-        statistics = "used; without them input scale 1.0" * row.constant_input_scale or "needed"
+        statistics = "optional" if row.constant_input_scale else "needed"
+    block = next(
+        (p for p in row.parts if p.role.endswith("scale") and p.role != "input_scale"), None
+    )
     return {
         "name": row.name,
         "summary": row.summary,
         "activations": row.activations,
-        "bits_per_weight": bits,
-        "percent_of_bf16": round(100 * bits / 16),
+        "bits_per_weight": row.bits_per_weight(),
+        "block": "none" if block is None else block.block,
+        "sizes": "any" if row.k_multiple == 1 else str(row.k_multiple),
         "k_multiple": row.k_multiple,
         "n_multiple": row.n_multiple,
         "statistics": statistics,
@@ -78,7 +90,7 @@ def _format_row(row: QuantFormat) -> dict[str, Any]:
                 "loads_in": list(dialect.spellings[row.name].loaders),
             }
             for dialect in DIALECTS
-            if row.name in dialect.spellings
+            if row.name in dialect.spellings and (row.name != "bf16" or dialect is default)
         ],
         "refused": [
             {"dialect": dialect.name, "reason": dialect.refused[row.name]}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, read_files, read_json, read_tensors
 
 import moe_ckpt
+from moe_ckpt.formats import e2m1, e8m0
 
 MODELS = ("qwen3_moe", "mixtral", "deepseek_v3", "qwen2_moe")
 FUSED = ("llama4", "gpt_oss")  # ModelOpt leaves their experts in one tensor
@@ -97,6 +100,88 @@ def test_config_agrees_with_modelopt(tmp_path, model, number_format, quantize, e
     wanted["quantization"].pop("exclude_modules")
     assert ours == wanted
     assert excluded == read_json(out / "config.json")["quantization_config"]["ignore"]
+
+
+# What ModelOpt writes in formats whose spelling or configuration of its own MoE runtimes do not
+# read: the numbers are compared, under the names and shapes of ours.
+NUMBERS = [
+    ("qwen3_moe", "fp8-channel"),
+    *(("qwen3_moe_wide", f) for f in ("fp8-channel", "fp8-block", "mxfp8", "mxfp4")),
+]
+
+
+@pytest.mark.parametrize(("model", "number_format"), NUMBERS)
+def test_numbers_equal_modelopts(tmp_path, model, number_format):
+    """Every scale, and every code but MXFP4's at exact ties, where ModelOpt rounds to zero."""
+    out = tmp_path / "out"
+    moe_ckpt.convert(FIXTURES / model / "source", out, format=number_format, quantize="linear")
+    ours = read_tensors(out)
+    theirs = read_tensors(FIXTURES / model / f"modelopt-{number_format}")
+    renamed = {}
+    for name, tensor in theirs.items():
+        if name.endswith(".weight_scale") and number_format == "fp8-block":
+            assert (len(tensor.shape), tensor.shape[1::2]) == (4, (1, 1))
+            name = name.replace("weight_scale", "weight_scale_inv")
+            tensor = replace(tensor, shape=tensor.shape[::2])
+        elif name.endswith(".weight_scale") and number_format == "fp8-channel":
+            tensor = replace(tensor, shape=(*tensor.shape, 1))
+        elif name.endswith(".weight") and tensor.dtype == "U8":
+            name = name.replace("weight", "weight_packed")
+        renamed[name] = tensor
+    assert ours.keys() == renamed.keys()
+    differing = ties = 0
+    for name, tensor in renamed.items():
+        if ours[name] == tensor:
+            continue
+        assert number_format == "mxfp4", name
+        assert name.endswith(".weight_packed"), name
+        assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape)
+        found, wanted = (e2m1.decode(as_torch(t)) for t in (ours[name], tensor))
+        scale = as_torch(ours[name.replace("_packed", "_scale")])
+        source = split_source(model)[name.replace("_packed", "")]
+        exact = source.view(*scale.shape, 32) / e8m0.decode(scale).unsqueeze(-1)
+        exact = exact.view(source.shape)
+        other = found != wanted
+        differing += int(other.sum())
+        ties += int(((found + wanted)[other] / 2 == exact[other]).sum())
+        assert (wanted.abs() < found.abs())[other].all()
+    assert differing == ties
+    assert (differing > 0) == (number_format == "mxfp4")
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("quantize", ["experts", "linear"])
+def test_nvfp4_is_the_same_in_both_dialects(tmp_path, model, quantize):
+    """compressed-tensors' global scales are the reciprocals; every other byte is ModelOpt's."""
+    one = read_tensors(convert(tmp_path, model, "nvfp4", quantize))
+    out = tmp_path / "out"
+    moe_ckpt.convert(
+        FIXTURES / model / "source",
+        out,
+        stats=[FIXTURES / model / "stats.json"],
+        quantize=quantize,
+        dialect="compressed-tensors",
+    )
+    two = read_tensors(out)
+    assert len(one) == len(two)
+    quantized = {name.rpartition(".")[0] for name in one if name.endswith(".weight_scale_2")}
+    for name, tensor in one.items():
+        module, _, leaf = name.rpartition(".")
+        if module not in quantized or leaf in ("weight_scale", "bias"):
+            assert two[name] == tensor, name
+        elif leaf == "weight":
+            assert two[f"{module}.weight_packed"] == tensor
+        else:
+            theirs = {"weight_scale_2": "weight_global_scale", "input_scale": "input_global_scale"}
+            inverse = two[f"{module}.{theirs[leaf]}"]
+            assert (inverse.dtype, inverse.shape) == ("F32", (1,))
+            assert np.float32(1) / as_torch(tensor).numpy() == as_torch(inverse).numpy()
+
+
+def as_torch(tensor):
+    """Bytes of a tensor as torch sees them; U8 and F32 only."""
+    dtype = {"U8": torch.uint8, "F32": torch.float32}[tensor.dtype]
+    return torch.frombuffer(bytearray(tensor.data), dtype=dtype).view(tensor.shape)
 
 
 def test_same_bytes_twice(tmp_path):

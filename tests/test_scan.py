@@ -53,7 +53,12 @@ def test_both_forms_of_a_model_have_the_same_amax(tmp_path, form):
 
 @pytest.mark.parametrize(
     ("number_format", "quantize"),
-    [("nvfp4", "experts"), ("nvfp4", "linear"), ("fp8-tensor", "linear"), ("fp8-channel", "linear")],
+    [
+        ("nvfp4", "experts"),
+        ("nvfp4", "linear"),
+        ("fp8-tensor", "linear"),
+        ("fp8-channel", "linear"),
+    ],
 )
 def test_bytes_are_the_same_with_and_without(tmp_path, model, amax, number_format, quantize):
     options = {"format": number_format, "quantize": quantize}

@@ -169,9 +169,7 @@ def test_unknown_keys_are_noted(tmp_path, model):
     modules |= {f"{EXPERTS}.down_proj": {"input_amax": 1, "num_tokens": 7}}
     file = stats_file(tmp_path, modules, num_tokens=9, made_by="x")
     plan = moe_ckpt.make_plan(model, stats=[file])
-    assert plan.notes == (
-        "stats.json: keys unknown to this version were ignored: made_by, median",
-    )
+    assert plan.notes == ("stats.json: keys unknown to this version were ignored: made_by, median",)
 
 
 def test_statistics_are_not_used_by_weight_only_formats(tmp_path, model):

@@ -42,6 +42,15 @@ class Part:
         """Whether the part is one number for the matrix."""
         return self.columns == 0
 
+    @property
+    def block(self) -> str:
+        """The weights that an item stands for, in words."""
+        if self.is_scalar:
+            return "matrix"
+        if self.columns == WHOLE_ROW:
+            return "row"
+        return f"{self.rows}x{self.columns}" if self.rows > 1 else f"{self.columns}"
+
     def shape(self, n: int, k: int) -> tuple[int, ...]:
         """Shape of this part for a matrix [N, K]; () for a scalar."""
         return () if self.is_scalar else (-(-n // self.rows), -(-k // self.columns))
