@@ -8,6 +8,7 @@ from dataclasses import replace
 from .calibration import Calibration
 from .choice import output_name
 from .dialects import Dialect
+from .dialects.matching import built_modules
 from .dtypes import itemsize, nbytes_of
 from .errors import CheckpointError, FormatError, LayoutError, Problems, show, show_some
 from .fitting import formats_that_fit
@@ -75,11 +76,14 @@ class UnitMaker:
         if self._calibration and target.input_scale:
             names = [(module, output_name(self._detection, module)) for module in group]
             amax = self._calibration.linears_amax(names, self._problems)
-        for position, info in enumerate(infos):
+        built = built_modules([output_name(self._detection, module) for module in group])
+        followed = {member for members in built.values() for member in members[:-1]}
+        for module, info in zip(group, infos, strict=True):
             n, k = info.shape
-            followed = position < len(infos) - 1
-            if k % target.k_multiple or (followed and n % target.n_multiple):
-                self._indivisible(info.name, target, [info.shape for info in infos])
+            whole = output_name(self._detection, module) in followed
+            if k % target.k_multiple or (whole and n % target.n_multiple):
+                shapes = [info.shape, *(other.shape for other in infos)]
+                self._indivisible(info.name, target, shapes)
         alike = len({self._weights.encoded(info.name) for info in infos}) == 1
         if len(infos) > 1 and target.shares_dense_amax and not alike:
             self._problems.add(

@@ -99,12 +99,14 @@ def test_loaders():
     modelopt, ct = find_dialect("modelopt"), find_dialect(CT)
     assert loaders_of(modelopt, ["nvfp4"], ["fp8-tensor"]) == ("vLLM", "SGLang", "TensorRT-LLM")
     assert loaders_of(modelopt, ["nvfp4"], ["mxfp8"]) == ("vLLM", "TensorRT-LLM")
-    assert loaders_of(ct, ["int4-g32", "bf16"], ["fp8-channel"]) == (
-        "vLLM",
-        "SGLang",
-        "transformers",
-    )
+    every = ("vLLM", "SGLang", "transformers")
+    assert loaders_of(ct, ["int4-g32"], ["fp8-channel", "bf16"]) == every
+    assert loaders_of(ct, ["fp8-tensor", "bf16"], ["int4-g32"]) == every
+    assert loaders_of(ct, ["bf16"], ["fp8-tensor"]) == every
     assert loaders_of(ct, ["int4-g32", "fp8-channel"]) == ("vLLM", "SGLang")
+    # Packed experts beside experts that stay, or what transformers takes for them.
+    assert loaders_of(ct, ["int4-g32", "bf16"], ["fp8-channel"]) == ("vLLM", "SGLang")
+    assert loaders_of(ct, ["bf16"], ["int4-g32", "fp8-channel"]) == ("vLLM", "SGLang")
 
 
 def test_tensor_names():

@@ -170,3 +170,30 @@ def test_headers_stay_below_what_readers_allow(monkeypatch):
     shards = moe_ckpt.make_plan(SOURCE).shards
     assert len(shards) == 3
     assert all(shard.header_nbytes <= 8000 for shard in shards)
+
+
+@pytest.mark.parametrize("latent_last", [True, False])
+@pytest.mark.parametrize(("queries", "latent"), [(128, 192), (192, 128)])
+def test_blocks_may_end_in_the_last_part_of_what_runtimes_fuse(
+    tmp_path, queries, latent, latent_last
+):
+    """q_a, then kv_a, in whatever order the file has them: DeepSeek-V3's kv_a has 576 rows."""
+    parts = {"q_a_proj": queries, "kv_a_proj_with_mqa": latent}
+    attention = {
+        f"model.layers.0.self_attn.{name}.weight": ("BF16", [rows, 128])
+        for name, rows in sorted(parts.items(), reverse=latent_last)
+    }
+    experts = {
+        "model.layers.0.mlp.gate.weight": ("BF16", [2, 128]),
+        "model.layers.0.mlp.experts.gate_up_proj": ("BF16", [2, 256, 128]),
+        "model.layers.0.mlp.experts.down_proj": ("BF16", [2, 128, 128]),
+    }
+    config = {"model_type": "deepseek_v3", "n_routed_experts": 2, "moe_intermediate_size": 128}
+    config |= {"hidden_size": 128, "num_hidden_layers": 1}
+    source = write_headers(tmp_path / "in", {"m.safetensors": attention | experts}, config)
+    if queries % 128:
+        with pytest.raises(FormatError, match=r"q_a_proj\.weight: has 192 rows"):
+            moe_ckpt.make_plan(source, format="fp8-block", quantize="linear")
+    else:
+        plan = moe_ckpt.make_plan(source, format="fp8-block", quantize="linear")
+        assert plan.formats["fp8-block"] == 8

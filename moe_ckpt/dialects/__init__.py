@@ -76,15 +76,20 @@ def loaders_of(
 ) -> tuple[str, ...]:
     """The runtimes that read experts and linear layers of these formats in the dialect.
 
-    transformers takes all experts to be of one format (integrations/compressed_tensors.py,
-    get_experts_scheme).
+    transformers takes all experts to be of one format, and drops those that are not packed where
+    that format is: it cannot load a layer of experts that stays as it is then. If all experts
+    stay, it takes the format of linear layers for theirs (integrations/compressed_tensors.py,
+    get_experts_scheme and CompressedTensorsDequantize).
     """
     known = [dialect.spellings[name].loaders for name in (*experts, *linears)]
-    several = len({name for name in experts if name != UNQUANTIZED}) > 1
+    theirs = {name for name in experts if name != UNQUANTIZED}
+    taken = theirs or {name for name in linears if name != UNQUANTIZED}
+    packed = any(dialect.spellings[n].suffixes["qweight"] == "weight_packed" for n in taken)
+    unread = len(theirs) > 1 or (packed and UNQUANTIZED in experts)
     return tuple(
         name
         for name in known[0]
-        if all(name in loaders for loaders in known) and not (several and name == TRANSFORMERS)
+        if all(name in loaders for loaders in known) and not (unread and name == TRANSFORMERS)
     )
 
 

@@ -152,7 +152,7 @@ DIALECT = Dialect(
             inverse=_RECIPROCALS,
         ),
         "nvfp4-w4a16": Spelling(_NVFP4, (VLLM, SGLANG), inverse=frozenset({"global_scale"})),
-        "mxfp4": Spelling(_PACKED, (VLLM,)),
+        "mxfp4": Spelling(_PACKED, (VLLM, TRANSFORMERS)),
         "mxfp8": Spelling(_BLOCKS, (VLLM,)),
         "fp8-tensor": Spelling(_TENSOR, (VLLM, SGLANG, TRANSFORMERS)),
         "fp8-channel": Spelling(_CHANNEL, (VLLM, SGLANG, TRTLLM, TRANSFORMERS)),
