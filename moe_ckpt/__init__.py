@@ -27,6 +27,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .conversion import Result, convert
+    from .options import Options
     from .plan import Plan
     from .planner import make_plan
     from .report import inspect
@@ -40,6 +41,7 @@ __all__ = [
     "InterruptedConversionError",
     "LayoutError",
     "MoeCkptError",
+    "Options",
     "OutputRefusedError",
     "Plan",
     "RecipeError",
@@ -55,6 +57,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Options": "options",
     "Plan": "plan",
     "Result": "conversion",
     "convert": "conversion",

@@ -32,8 +32,8 @@ def formats_lines() -> Iterator[str]:
     rows = []
     for row in FORMATS:
         found = _format_row(row)
-        cells = (row.name, f"{row.bits_per_weight():g}", found["block"], row.activations)
-        cells += (found["statistics"], found["sizes"])
+        cells: tuple[str, ...] = (row.name, f"{row.bits_per_weight():g}", found["block"])
+        cells += (row.activations, found["statistics"], found["sizes"])
         for spelled in found["dialects"]:
             mark = "*" if spelled["default"] else ""
             rows.append((*cells, f"{spelled['name']}{mark}", ", ".join(spelled["loads_in"])))
@@ -41,7 +41,7 @@ def formats_lines() -> Iterator[str]:
     head = ("format", "bits", "block", "activations", "statistics", "sizes", "dialect", "loads in")
     yield from table(head, rows)
     yield ""
-    yield "bits       of one weight with its scales, but for what is stored once for a row or matrix"
+    yield "bits       of one weight with its scales, but those of which a row or matrix has one"
     yield "block      the weights that share a scale"
     yield "sizes      what the columns of a matrix, and of fp8-block its rows, are multiples of"
     yield "dialect    * is the default; runtimes are those that read Mixture-of-Experts models so,"
@@ -57,7 +57,7 @@ def formats_lines() -> Iterator[str]:
         for reason, names in reasons.items():
             yield f"{dialect.name} does not write {', '.join(names)}: {reason}"
     yield ""
-    yield f"Tensor parallelism cuts the experts' I. For I = {_EXAMPLE} these sizes leave whole blocks:"
+    yield f"Tensor parallelism cuts the experts' I; of I = {_EXAMPLE} these leave whole blocks:"
     sizes: dict[tuple[int, ...], list[str]] = {}
     for row in FORMATS:
         sizes.setdefault(tensor_parallel_sizes(row, _EXAMPLE), []).append(row.name)

@@ -18,6 +18,9 @@ from . import __version__
 from .errors import EnvironmentFaultError, InterruptedConversionError, MoeCkptError
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
+    from .options import PlanOptions
     from .plan import Plan
 
 _SHOWN_PROBLEMS = 20
@@ -78,7 +81,6 @@ def cli() -> None:
 )
 @click.option(
     "--format",
-    "format_",
     metavar="NAME",
     help="Number format, nvfp4 if not given; `moe-ckpt formats` lists them.",
 )
@@ -132,25 +134,13 @@ def cli() -> None:
 def convert(
     in_dir: str,
     out_dir: str,
-    stats: tuple[str, ...],
-    format_: str | None,
-    quantize: str | None,
-    recipe: str | None,
-    dialect: str | None,
-    kv_cache: str,
-    weight_amax: str | None,
-    allow_requantize: bool,
-    experts: str,
-    layout: str | None,
-    gate_up_order: str | None,
     device: str,
-    max_shard_size: str,
-    missing_stats: str,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    **options: Unpack[PlanOptions],
 ) -> None:
     """Convert the checkpoint folder IN to a quantized one in the new folder OUT."""
     from pathlib import Path
@@ -161,22 +151,7 @@ def convert(
     from .writer import check_out_dir
 
     check_out_dir(Path(in_dir), Path(out_dir), overwrite=overwrite)
-    plan = make_plan(
-        in_dir,
-        stats=stats,
-        format=format_,
-        quantize=quantize,
-        recipe=recipe,
-        dialect=dialect,
-        kv_cache=kv_cache,
-        weight_amax=weight_amax,
-        allow_requantize=allow_requantize,
-        experts=experts,
-        layout=layout,
-        gate_up_order=gate_up_order,
-        max_shard_size=max_shard_size,
-        missing_stats=missing_stats,
-    )
+    plan = make_plan(in_dir, **options)
     if not quiet and (verbose or dry_run):
         _say(plan_lines(plan))
     _say_notes(plan, quiet)
@@ -202,14 +177,13 @@ def convert(
 @_in_dir
 @_experts_options
 @_json_option
-def inspect(
-    in_dir: str, experts: str, layout: str | None, gate_up_order: str | None, as_json: bool
-) -> None:
+def inspect(in_dir: str, as_json: bool, **options: Unpack[PlanOptions]) -> None:
     """Show what is in the checkpoint folder IN, and what a default conversion would do."""
     from .planner import make_plan
     from .report import plan_document, plan_lines
 
-    plan = make_plan(in_dir, experts=experts, layout=layout, gate_up_order=gate_up_order)
+    options["allow_requantize"] = True  # to look at a file is no decision
+    plan = make_plan(in_dir, **options)
     if as_json:
         _print_json(plan_document(plan))
     else:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 import torch
 
+from .options import PlanOptions
 from .plan import Job, OutShard, Plan
-from .planner import DEFAULT_SHARD_SIZE, make_plan
+from .planner import make_plan
 from .pool import Pool, environment_faults, one_torch_thread, pick_device
 from .quantizer import Worker
 from .reader import SourceReader
@@ -43,68 +45,30 @@ def convert(
     in_dir: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
     *,
-    stats: Iterable[str | os.PathLike[str]] = (),
-    format: str | None = None,
-    quantize: str | None = None,
-    recipe: str | os.PathLike[str] | None = None,
-    dialect: str | None = None,
-    kv_cache: str = "none",
-    weight_amax: str | os.PathLike[str] | None = None,
-    allow_requantize: bool = False,
-    experts: str = "auto",
-    layout: str | None = None,
-    gate_up_order: str | None = None,
     device: str = "auto",
-    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
-    missing_stats: str = "error",
     overwrite: bool = False,
     progress: Progress | None = None,
+    **options: Unpack[PlanOptions],
 ) -> Result:
     """Convert a checkpoint folder.
 
     Args:
-        in_dir: see `make_plan`.
-        stats: see `make_plan`.
-        format: see `make_plan`.
-        quantize: see `make_plan`.
-        recipe: see `make_plan`.
-        dialect: see `make_plan`.
-        kv_cache: see `make_plan`.
-        weight_amax: see `make_plan`.
-        allow_requantize: see `make_plan`.
-        experts: see `make_plan`.
-        layout: see `make_plan`.
-        gate_up_order: see `make_plan`.
-        max_shard_size: see `make_plan`.
-        missing_stats: see `make_plan`.
+        in_dir: a checkpoint folder.
         out_dir: a new or empty folder.
         device: "auto", "cpu", "cuda" or "cuda:N"; it changes no output byte.
         overwrite: replace an earlier conversion in ``out_dir``.
         progress: called with the bytes read, and with a shard when it is finished.
+        options: those of `moe_ckpt.Options`.
 
     Raises:
         UsageError, InputError, OutputRefusedError: before anything is written.
-        CheckpointError: a weight is NaN or infinite; the output is removed.
+        CheckpointError: a weight is NaN or infinite, or scales contradict each other; the output
+            is removed.
         EnvironmentFaultError: disk, memory or GPU failed; the output is removed.
     """
     chosen = pick_device(device)
     check_out_dir(Path(in_dir), Path(out_dir), overwrite=overwrite)
-    plan = make_plan(
-        in_dir,
-        stats=stats,
-        format=format,
-        quantize=quantize,
-        recipe=recipe,
-        dialect=dialect,
-        kv_cache=kv_cache,
-        weight_amax=weight_amax,
-        allow_requantize=allow_requantize,
-        experts=experts,
-        layout=layout,
-        gate_up_order=gate_up_order,
-        max_shard_size=max_shard_size,
-        missing_stats=missing_stats,
-    )
+    plan = make_plan(in_dir, **options)
     return execute(plan, out_dir, device=chosen, overwrite=overwrite, progress=progress)
 
 

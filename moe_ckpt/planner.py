@@ -8,10 +8,10 @@ at once, before a byte of weights is read.
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
+from typing import Unpack
 
 from .amax_file import read_amax
 from .assign import PLAIN, Assigned, assign, formats_of_experts
@@ -22,130 +22,51 @@ from .dialects import Dialect, dialect_for
 from .errors import LayoutError, Problems, UsageError, show, show_some
 from .formats import find_format
 from .kv_cache import kv_cache_units
-from .layouts import LAYOUTS, ORDERS, Detection, Given, detect
-from .loaders import EXPERTS, form_of_experts, loader_warnings, loaders_of
+from .layouts import Detection, Given, detect
+from .loaders import form_of_experts, loader_warnings, loaders_of
 from .modules import module_of
+from .options import Options, PlanOptions, parse_size
 from .packing import Unit, pack
 from .plan import OutShard, Plan
-from .recipe import RECIPE_FILE, Recipe, built_in, read_recipe, recipe_text
+from .recipe import RECIPE_FILE, Recipe, recipe_text
 from .stats import Stats, read_stats
 from .units import UnitMaker
 from .weights import Weights, weights_of
 
-__all__ = ["DEFAULT_FORMAT", "DEFAULT_SHARD_SIZE", "make_plan"]
-
-DEFAULT_FORMAT = "nvfp4"
-DEFAULT_QUANTIZE = "experts"
-DEFAULT_SHARD_SIZE = "5GB"
-MISSING_STATS = ("error", "constant")
-KV_CACHE = ("none", "fp8")
-
-_UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
-_UNITS |= {"TIB": 2**40, "GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "B": 1, "": 1}
+__all__ = ["make_plan"]
 
 
-def make_plan(
-    in_dir: str | os.PathLike[str],
-    *,
-    stats: Iterable[str | os.PathLike[str]] = (),
-    format: str | None = None,
-    quantize: str | None = None,
-    recipe: str | os.PathLike[str] | None = None,
-    dialect: str | None = None,
-    kv_cache: str = "none",
-    weight_amax: str | os.PathLike[str] | None = None,
-    allow_requantize: bool = False,
-    experts: str = "auto",
-    layout: str | None = None,
-    gate_up_order: str | None = None,
-    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
-    missing_stats: str = "error",
-) -> Plan:
+def make_plan(in_dir: str | os.PathLike[str], **options: Unpack[PlanOptions]) -> Plan:
     """Decide a conversion from headers, config and statistics; reads no weights.
 
     Args:
         in_dir: a checkpoint folder.
-        stats: files of activation statistics, merged by maximum.
-        format: name of a number format; "nvfp4" if neither it nor ``recipe`` is given.
-        quantize: "experts" for routed experts only, "linear" for all linear layers.
-        recipe: a file that says which modules become which format, instead of the two.
-        dialect: how the output is spelled; None for what most runtimes load.
-        kv_cache: "fp8" to write scales for an FP8 KV cache, from the statistics.
-        weight_amax: the file of a scan of the same checkpoint; saves a pass over the weights.
-        allow_requantize: whether 4-bit weights may be rounded again to another 4-bit format.
-        experts: "split" for a matrix per expert, "fused" for ModelOpt's fused export, "auto" for
-            what most runtimes read.
-        layout: how the source stores experts, one of `moe_ckpt.layouts.LAYOUTS`, for what headers
-            and model type leave open.
-        gate_up_order: "concat" or "interleaved", the same.
-        max_shard_size: bytes of tensors in one output file, or text such as "5GB".
-        missing_stats: "error", or "constant" for input scale 1.0 where statistics are missing.
+        options: those of `moe_ckpt.Options`.
 
     Raises:
         UsageError: options that do not fit together.
         InputError: with every problem in the checkpoint, the recipe and the statistics.
     """
-    stats_files = [os.fspath(file) for file in stats]
-    _check_choice("--experts", experts, EXPERTS)
-    _check_choice("--layout", layout, (None, *LAYOUTS))
-    _check_choice("--gate-up-order", gate_up_order, (None, *ORDERS))
-    _check_choice("--missing-stats", missing_stats, MISSING_STATS)
-    _check_choice("--kv-cache", kv_cache, KV_CACHE)
-    if recipe is not None and (format is not None or quantize is not None):
-        raise UsageError("--recipe says what --format and --quantize say; give it alone")
-    if kv_cache == "fp8" and not stats_files:
-        raise UsageError("--kv-cache fp8 takes its scales from statistics; give --stats FILE")
-    wanted = (
-        read_recipe(recipe)
-        if recipe is not None
-        else built_in(quantize or DEFAULT_QUANTIZE, format or DEFAULT_FORMAT)
-    )
-    spelled = dialect_for(wanted.formats, dialect)
-    max_nbytes = parse_size(max_shard_size)
+    asked = Options(**options)
+    recipe = asked.read_recipe()
+    dialect = dialect_for(recipe.formats, asked.dialect)
     source = open_source(in_dir)
     weights = weights_of(source)
-    _refuse_without_stats(wanted, weights, stats_files)
+    _refuse_without_stats(recipe, weights, asked.stats_files)
     problems = Problems()
-    given = Given(layout, gate_up_order)
+    given = Given(asked.layout, asked.gate_up_order)
     detection = problems.catch(lambda: detect(weights.tensors, weights.config, given))
-    read = problems.catch(lambda: read_stats(stats_files) if stats_files else None)
-    amax = problems.catch(lambda: read_amax(weight_amax, source) if weight_amax else {})
+    stats = problems.catch(lambda: read_stats(asked.stats_files) if asked.stats_files else None)
+    amax = problems.catch(lambda: read_amax(asked.weight_amax, source) if asked.weight_amax else {})
     problems.check()
     assert detection is not None
     assert amax is not None
-    form = form_of_experts(detection, experts, wanted.formats)
-    planner = _Planner(source, weights, detection, wanted, spelled, form)
-    return planner.plan(
-        stats_files,
-        read,
-        amax,
-        max_nbytes,
-        missing_is_constant=missing_stats == "constant",
-        may_requantize=allow_requantize,
-        kv_cache=kv_cache == "fp8",
-    )
+    form = form_of_experts(detection, asked.experts, recipe.formats)
+    planner = _Planner(source, weights, detection, recipe, dialect, form, asked)
+    return planner.plan(stats, amax)
 
 
-def parse_size(size: str | int) -> int:
-    """Bytes of a size such as ``5GB`` (decimal) or ``512MiB``.
-
-    >>> parse_size("5GB"), parse_size("1.5 MiB"), parse_size(1000)
-    (5000000000, 1572864, 1000)
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Z]*)", str(size).strip().upper())
-    nbytes = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
-    if nbytes < 1:
-        raise UsageError(f"size {show(size)!r} is not a number of bytes such as 5GB or 512MiB")
-    return nbytes
-
-
-def _check_choice(option: str, value: str | None, known: Sequence[str | None]) -> None:
-    if value not in known:
-        words = ", ".join(word for word in known if word is not None)
-        raise UsageError(f"{option} {show(value)!r} is unknown; choose {words}")
-
-
-def _refuse_without_stats(recipe: Recipe, weights: Weights, stats_files: list[str]) -> None:
+def _refuse_without_stats(recipe: Recipe, weights: Weights, stats_files: Sequence[str]) -> None:
     """A format with static input scales needs statistics, or a source that has such scales."""
     for name in recipe.formats:
         row = find_format(name)
@@ -169,8 +90,10 @@ class _Planner:
         recipe: Recipe,
         dialect: Dialect,
         form: str,
+        asked: Options,
     ) -> None:
         self.form = form
+        self.asked = asked
         self.source = source
         self.weights = weights
         self.detection = detection
@@ -178,21 +101,12 @@ class _Planner:
         self.dialect = dialect
         self.problems = Problems()
 
-    def plan(
-        self,
-        stats_files: list[str],
-        stats: Stats | None,
-        weight_amax: Mapping[str, float],
-        max_nbytes: int,
-        *,
-        missing_is_constant: bool,
-        may_requantize: bool,
-        kv_cache: bool,
-    ) -> Plan:
+    def plan(self, stats: Stats | None, weight_amax: Mapping[str, float]) -> Plan:
         source, detection, problems = self.source, self.detection, self.problems
         calibration = None
+        kv_cache = self.asked.kv_cache == "fp8"
         if stats and (kv_cache or any(find_format(f).input_scale for f in self.recipe.formats)):
-            calibration = Calibration(stats, detection, missing_is_constant)
+            calibration = Calibration(stats, detection, self.asked.missing_stats == "constant")
         wishes = formats_of_experts(detection, self.recipe, problems)
         choice = choose(self.weights.tensors, detection, self.recipe, problems)
         problems.check()
@@ -211,7 +125,7 @@ class _Planner:
             calibration,
             weight_amax,
             problems,
-            may_requantize=may_requantize,
+            may_requantize=self.asked.allow_requantize,
         )
         units = self._units(make, choice, assigned)
         if kv_cache:
@@ -222,7 +136,9 @@ class _Planner:
 
         order = {name: position for position, name in enumerate(self.weights.tensors)}
         units.sort(key=lambda unit: order[unit[0]])
-        shards = pack((unit for _, unit in units), self.dialect, max_nbytes)
+        shards = pack(
+            (unit for _, unit in units), self.dialect, parse_size(self.asked.max_shard_size)
+        )
         self._refuse_collisions(shards)
         formats = self._count(shards)
         of_experts = tuple(dict.fromkeys(assigned.experts))
@@ -242,9 +158,9 @@ class _Planner:
             files={RECIPE_FILE: self._resolved(assigned), **assigned.files},
             side_files=source.side_files,
             left_out=source.left_out,
-            stats_files=tuple(stats_files),
+            stats_files=self.asked.stats_files,
             stats_covered=calibration.covered if calibration else 0,
-            notes=self._notes(stats_files, calibration, assigned, formats),
+            notes=self._notes(calibration, assigned, formats),
             warnings_by_kind={
                 "files": (*source.warnings, *self.weights.warnings),
                 "layers": detection.warnings,
@@ -300,11 +216,11 @@ class _Planner:
 
     def _notes(
         self,
-        files: list[str],
         calibration: Calibration | None,
         assigned: Assigned,
         formats: Mapping[str, int],
     ) -> tuple[str, ...]:
+        files = self.asked.stats_files
         notes = list(calibration.stats.notes) if calibration else []
         wants = [name for name in self.recipe.formats if find_format(name).input_scale]
         if wants and not files:

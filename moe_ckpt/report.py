@@ -26,7 +26,7 @@ def inspect(in_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
     Reads headers only. Raises `InputError` if the checkpoint cannot be converted.
     """
-    return plan_document(make_plan(in_dir))
+    return plan_document(make_plan(in_dir, allow_requantize=True))
 
 
 def plan_document(plan: Plan) -> dict[str, Any]:

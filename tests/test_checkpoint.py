@@ -259,7 +259,7 @@ def test_what_is_said_beside_the_config_counts(source):
     plan = moe_ckpt.make_plan(source)
     assert plan.warnings[0].startswith("hf_quant_config.json says that the weights are quantized")
     (source / "hf_quant_config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="hf_quant_config.json"):
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json"):
         moe_ckpt.make_plan(source)
 
 
