@@ -316,6 +316,10 @@ class Worker:
         """Slices of matrices, of rows of one, or of columns, of about ``chunk_items`` weights."""
         B, _, N, K = shape
         target = find_format(job.format)
+        # A recoded matrix is cut where neither format has a block.
+        multiple = target.k_multiple
+        if job.is_recoded:
+            multiple = lcm(multiple, find_format(job.encoded.format).k_multiple)
         matrices = self._budget.chunk_items // (N * K)
         if matrices:
             for b in range(0, B, matrices):
@@ -325,8 +329,7 @@ class Worker:
         rows = max(1, self._budget.chunk_items // K // step) * step
         columns = K
         if rows * K > 2 * self._budget.chunk_items and not target.amax_of_rows:
-            columns = max(1, self._budget.chunk_items // rows // target.k_multiple)
-            columns *= target.k_multiple
+            columns = max(1, self._budget.chunk_items // rows // multiple) * multiple
         for b in range(B):
             for n in range(0, N, rows):
                 for k in range(0, K, columns):
@@ -335,7 +338,7 @@ class Worker:
     def _write_scalars(
         self, batch: Batch, values: Mapping[str, torch.Tensor], out: ShardWriter
     ) -> None:
-        """Write the parts that are one number, given as they multiply: float32 [B, P] by role."""
+        """Write the parts that are one number, given as they multiply: [B, P] by role."""
         job = batch.job
         if job.is_stacked and batch.start > 0:
             return
