@@ -353,7 +353,7 @@ class Worker:
                 value = value[:1, :1]
             if region.role in job.inverse:
                 value = torch.ones_like(value) / value
-            _write(out, region.offset + batch.start * region.slab_nbytes, value)
+            _write(out, region.offset + batch.start * region.slab_nbytes, value.float())
 
     def _input_scale(self, batch: Batch, target: QuantFormat) -> torch.Tensor:
         job = batch.job
@@ -361,19 +361,14 @@ class Worker:
         if job.input_amax is not None:
             codec: Codec = target.codec()
             return codec.input_scale(torch.full((1,), job.input_amax)).expand(shape)
-        if job.is_recoded and any(part.role == "input_scale" for part in job.encoded.parts):
+        if job.is_recoded and job.encoded.has_input_scale:
             return self._stored_scalars(batch, "input_scale")
         return torch.ones(shape)
 
     def _stored_scalars(self, batch: Batch, role: str) -> torch.Tensor:
-        """A scalar of the source for every output matrix, as it multiplies: float32 [B, P]."""
+        """A scalar of the source for every output matrix, as it multiplies: float64 [B, P]."""
         job = batch.job
         found = self._loader.scalars(batch, role)
-        for b, r in (~(torch.isfinite(found) & (found > 0))).nonzero().tolist():
-            raise CheckpointError(
-                f"{show(batch.slabs[b].labels[r])}: its {role} is {float(found[b, r])}; expected a "
-                "finite number above 0"
-            )
         must_agree = role == "global_scale" and job.format.startswith("nvfp4")
         for b in (found != found[:, :1]).any(1).nonzero().flatten().tolist() if must_agree else ():
             raise CheckpointError(
@@ -381,6 +376,7 @@ class Worker:
                 f"different global scales, {' and '.join(map(str, found[b].tolist()))}, and "
                 "runtimes use one for both; convert with --format bf16 first, then again"
             )
+        found = found.double()  # the reciprocal of a reciprocal is the number again
         if role in job.encoded.inverse:
             found = torch.ones_like(found) / found
         return found.expand(batch.count, len(job.rows))
