@@ -136,6 +136,13 @@ def weights_of(source: Source) -> Weights:
             continue
         encoding, encoded, infos, others = match
         name = f"{stem}_blocks" if encoding.ending == "_blocks" else stem
+        if name in stored or (name != info.name and name in source.tensors):
+            problems.add(
+                CheckpointError,
+                f"{show(name)}: is stored twice, also as {show(info.name)}; which of them counts "
+                "cannot be told",
+            )
+            continue
         stored[name] = _Stored(encoding.name, encoded, infos)
         beside.update(other.name for other in infos[1:])
         beside.update(others)
