@@ -22,6 +22,9 @@ from .weights import Weights
 __all__ = ["Assigned", "assign"]
 
 PLAIN = "bf16"
+# Of these some runtime builds none that are quantized, whatever a configuration says; to keep one
+# would cost the form of all others.
+_BUILT_PLAIN = ("embedding", "output head")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
 
 
@@ -88,7 +91,7 @@ def assign(
             for found, wish in zip(detection.experts, experts, strict=True)
         )
         stays = {
-            name: form(name, in_form and reason != "embedding")
+            name: form(name, in_form and reason not in _BUILT_PLAIN)
             for name, reason in choice.copies
             if not weights.encoded(name).is_plain
         }

@@ -374,7 +374,7 @@ def _schemes(found: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, str], b
             continue
         number = (str(weights.get("type", "int")), str(weights.get("num_bits", 8)))
         stored = group.get("format") or found.get("format")
-        is_packed = stored == "pack-quantized" and number[1] != "4"
+        is_packed = stored == "pack-quantized" and number[0] == "int" and number[1] != "4"
         is_plain = weights.get("symmetric", True) is True and not is_packed
         yield f"config_groups.{name}", number, is_plain
 
