@@ -24,7 +24,6 @@ from .formats import find_format
 from .kv_cache import kv_cache_units
 from .layouts import LAYOUTS, ORDERS, Detection, Given, detect
 from .loaders import EXPERTS, form_of_experts, loader_warnings, loaders_of
-from .modules import module_of
 from .packing import Unit, pack
 from .plan import OutShard, Plan
 from .recipe import RECIPE_FILE, Recipe, built_in, read_recipe, recipe_text

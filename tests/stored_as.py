@@ -24,12 +24,9 @@ def spread(weight, step=1):
 
 def float4_codes(values):
     """The nearest E2M1 code, half to even."""
-    table = torch.tensor(E2M1)
-    distance = (values.abs().unsqueeze(-1) - table).abs()
-    best = distance.amin(-1, keepdim=True)
-    near = distance == best
-    even = near & (torch.arange(8) % 2 == 0)
-    index = torch.where(even.any(-1), even.int().argmax(-1), near.int().argmax(-1))
+    magnitude = values.abs()
+    index = sum((magnitude > limit).int() for limit in (0.25, 1.25, 2.5, 5.0))
+    index += sum((magnitude >= limit).int() for limit in (0.75, 1.75, 3.5))
     return (index + 8 * (values < 0)).to(torch.uint8)
 
 
@@ -166,7 +163,7 @@ def int4(name, weight, group=32, dtype="BF16", shape_dtype=torch.int64):
     """compressed-tensors' pack-quantized, symmetric."""
     stored = (block_amax(weight, 1, group) / 7.5).to(SCALE_DTYPES[dtype])
     wide = per_block(stored, 1, group, weight.shape)
-    codes = (weight / wide).round().clamp(-8, 7)
+    codes = (weight / wide).round().clamp(-8, 7) + 0.0
     tensors = {f"{name}_packed": words((codes + 8).to(torch.uint8)), f"{name}_scale": stored}
     tensors[f"{name}_shape"] = torch.tensor(weight.shape, dtype=shape_dtype)
     return tensors, codes * wide
@@ -175,7 +172,7 @@ def int4(name, weight, group=32, dtype="BF16", shape_dtype=torch.int64):
 def int8(name, weight, dtype="F32", dims=2):
     """compressed-tensors' int-quantized, by channel."""
     stored = (weight.abs().amax(-1, keepdim=True) / 127.5).to(SCALE_DTYPES[dtype])
-    codes = (weight / stored.float()).round().clamp(-128, 127)
+    codes = (weight / stored.float()).round().clamp(-128, 127) + 0.0
     scale = stored if dims == 2 else stored.squeeze(-1)
     return {name: codes.to(torch.int8), f"{name}_scale": scale}, codes * stored.float()
 
@@ -253,7 +250,8 @@ def compressed(kind, bits, strategy, stored, group=None, block=None, dynamic_inp
     weights |= {"dynamic": False, "group_size": group, "block_structure": block}
     inputs = None
     if dynamic_input is not None:
-        inputs = {"num_bits": 8, "type": kind, "strategy": "token", "dynamic": dynamic_input}
+        inputs = {"num_bits": 8, "type": kind, "dynamic": dynamic_input}
+        inputs["strategy"] = "token" if dynamic_input else "tensor"
     group_0 = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
     return {
         "quant_method": "compressed-tensors",
