@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from .choice import Choice, format_of_experts, output_name
 from .dialects import Assignment, Dialect, QuantizedExperts
 from .errors import LayoutError, Problems
+from .formats import find_format
 from .layouts import Detection, Experts
 from .modules import module_of
 from .recipe import KEEP, Recipe
@@ -21,6 +22,9 @@ from .weights import Weights
 __all__ = ["Assigned", "assign"]
 
 PLAIN = "bf16"
+# Of these some runtime builds none that are quantized, whatever a configuration says; to keep one
+# would cost the form of all others.
+_BUILT_PLAIN = ("embedding", "output head")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
 
 
@@ -63,21 +67,38 @@ def assign(
     wanted = {*experts, *(chosen for _, chosen in choice.linears)} - {KEEP}
 
     def form(name: str, in_form: bool) -> str:
-        stored = weights.encoded(name).format
-        if not in_form or stored not in dialect.spellings:
+        encoded = weights.encoded(name)
+        stored = encoded.format
+        if not in_form or encoded.is_plain or stored not in dialect.spellings:
             return PLAIN
+        target = find_format(stored)
+        if weights.tensors[name].shape[-1] % target.k_multiple:
+            return PLAIN
+        if target.input_scale and not encoded.has_input_scale:
+            return PLAIN  # its activations are not quantized with a scale that is stored
         return stored if dialect.mixes or wanted <= {stored} else PLAIN
+
+    def form_of(found: Experts, in_form: bool) -> str:
+        forms = {form(side.tensors[0], in_form) for side in found.sides}
+        name = forms.pop()
+        rows = {n for side in found.sides for n in side.rows}
+        fits = not forms and not any(n % find_format(name).n_multiple for n in rows)
+        return name if fits else PLAIN
 
     def attempt(in_form: bool) -> Assigned:
         chosen = tuple(
-            form(found.down[0], in_form) if wish == KEEP else wish
+            form_of(found, in_form) if wish == KEEP else wish
             for found, wish in zip(detection.experts, experts, strict=True)
         )
         stays = {
-            name: form(name, in_form)
-            for name, _ in choice.copies
+            name: form(name, in_form and reason not in _BUILT_PLAIN)
+            for name, reason in choice.copies
             if not weights.encoded(name).is_plain
         }
+        formats = tuple(dict.fromkeys((*wanted, *chosen, *stays.values())))
+        mixed = tuple(name for name in formats if name != PLAIN)
+        if in_form and len(mixed) > 1 and dialect.refused_mix(mixed):
+            raise LayoutError(dialect.refused_mix(mixed))
         assignment = _assignment(detection, choice, chosen, stays, kv_cache=kv_cache)
         files = dialect.config_files(weights.config, assignment)
         return Assigned(chosen, stays, assignment, files)

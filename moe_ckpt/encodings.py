@@ -29,6 +29,11 @@ class Scale:
     columns: int
     rows: int = 1
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the columns must be a multiple of those of an item."""
+        return self.rows == 1 and self.columns not in (0, WHOLE_ROW)
+
     def part(self, dtype: str) -> Part:
         """The part of a matrix that such a tensor holds."""
         return Part(self.role, dtype, self.columns, self.rows)
@@ -72,17 +77,24 @@ class Encoding:
             info = tensors.get(f"{stem}{scale.ending}")
             if info is None or info.dtype not in scale.dtypes:
                 return None
-            # Dimensions of one are written or not: [1] or [], [N, 1] or [N].
-            if _without_ones(info.shape) != _without_ones(
-                (*lead, *scale.part(info.dtype).shape(n, k))
-            ):
+            if scale.is_whole and k % scale.columns:
+                return None
+            if info.shape not in _spellings(lead, scale.part(info.dtype).shape(n, k)):
                 return None
             found.append(info)
         return tuple(found)
 
 
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(size for size in shape if size != 1)
+def _spellings(lead: tuple[int, ...], shape: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """The shapes in which a part is found: [] or [1], [N, 1] or [N], [N, K] or [N, 1, K, 1].
+
+    Not [1, N] for [N, 1]: those would be scales of columns.
+    """
+    found = [shape, tuple(size for size in shape if size != 1)]
+    found.append(tuple(size for each in shape for size in (each, 1)))
+    if not found[1]:
+        found += [(1,), (1, 1)]
+    return {(*lead, *each) for each in found}
 
 
 _INT4 = tuple(

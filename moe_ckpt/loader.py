@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from .errors import CheckpointError, show
 from .formats import Part, e8m0, find_format
 from .formats.scratch import Scratch
 from .plan import Job
@@ -24,6 +25,8 @@ DTYPES = {
     "I8": torch.int8,
     "I32": torch.int32,
 }
+
+_BYTES_OF_POWERS = ("U8", "F8_E8M0")
 
 
 class Loader:
@@ -78,6 +81,9 @@ class Loader:
         """Stored rows ``start`` to ``stop`` of each part that has rows, [B, rows, items].
 
         ``start`` begins a whole item of every part, in every source tensor.
+
+        Raises:
+            CheckpointError: a weight or a scale is no number.
         """
         job = batch.job
         found = {}
@@ -87,15 +93,20 @@ class Loader:
             if job.encoded.is_plain:
                 found[part.role] = self._rows(batch, 0, part, start, stop, "weights")
                 continue
-            pieces = [
-                self._part(batch, r, part, first, last)
-                for r, first, last in self._members(job, start, stop)
-            ]
+            pieces = []
+            for r, first, last in self._members(job, start, stop):
+                pieces.append(self._part(batch, r, part, first, last))
+                if part.role == "qweight" and part.dtype == "F8_E4M3":
+                    _refuse(pieces[-1].isnan(), batch, r, "weight", pieces[-1], first)
             found[part.role] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
         return found
 
     def scalars(self, batch: Batch, role: str) -> torch.Tensor:
-        """A scalar part of every source tensor of every slab, float32 [B, R] on the host."""
+        """A scalar part of every source tensor of every slab, float32 [B, R] on the host.
+
+        Raises:
+            CheckpointError: one is not a finite number above 0.
+        """
         members = len(batch.slabs[0].reads)
         index, part = next((i, p) for i, p in enumerate(batch.job.encoded.parts) if p.role == role)
         itemsize = DTYPES[part.dtype].itemsize
@@ -106,7 +117,13 @@ class Loader:
             for reads in slab.reads:
                 self._reader.read(reads[index], 0, view[at : at + itemsize])
                 at += itemsize
-        return raw.view(DTYPES[part.dtype]).view(batch.count, members).float()
+        found = raw.view(DTYPES[part.dtype]).view(batch.count, members).float()
+        for b, r in (~(torch.isfinite(found) & (found > 0))).nonzero().tolist():
+            raise CheckpointError(
+                f"{show(batch.slabs[b].labels[r])}: its {role} is {float(found[b, r])}; expected a "
+                "finite number above 0"
+            )
+        return found
 
     def _scalars_of(self, batch: Batch, r: int) -> dict[str, torch.Tensor]:
         """What a codec needs beside the parts with rows, for source tensor ``r``: [B] each."""
@@ -142,9 +159,21 @@ class Loader:
             self._reader.read(slab.reads[r][index], first * row_nbytes, into)
         typed = stage.view(DTYPES[part.dtype]).view(batch.count, last - first, -1)
         moved = typed.to(self._device, copy=True)
+        if part.role != "qweight":
+            self._check_scales(batch, r, part, moved, first)
         if part.dtype == "F8_E8M0" and not job.encoded.format.startswith("mx"):
             return e8m0.decode(moved)
         return moved
+
+    def _check_scales(
+        self, batch: Batch, r: int, part: Part, scales: torch.Tensor, first: int
+    ) -> None:
+        """Refuse NaN, infinite and negative scales; zero is what some write for zeros."""
+        if part.dtype in _BYTES_OF_POWERS:
+            _refuse(scales == 255, batch, r, part.role, e8m0.decode(scales), first)
+        else:
+            values = scales.float()
+            _refuse(~(torch.isfinite(values) & (values >= 0)), batch, r, part.role, values, first)
 
     def _rows(
         self, batch: Batch, index: int, part: Part, start: int, stop: int, stage: str
@@ -170,3 +199,18 @@ class Loader:
                     break
         typed = buffer.view(DTYPES[part.dtype])
         return typed.view(batch.count, stop - start, columns).to(self._device)
+
+
+def _refuse(
+    bad: torch.Tensor, batch: Batch, r: int, role: str, values: torch.Tensor, first: int
+) -> None:
+    """Raise for the first bad item of [B, rows, items], rows counted from ``first``."""
+    if not bool(bad.any()):
+        return
+    b, row, column = bad.nonzero()[0].tolist()
+    slab, value = batch.slabs[b], float(values[b, row, column])
+    raise CheckpointError(
+        f"{show(slab.reads[r][0].shard)}: {show(slab.labels[r])}: {role} is {value} at row "
+        f"{first + row}, column {column}; expected a finite number"
+        f"{'' if role == 'weight' else ', 0 or above'}"
+    )

@@ -50,6 +50,11 @@ class Encoded:
         return self.format == "bf16"
 
     @property
+    def has_input_scale(self) -> bool:
+        """Whether a static activation scale is stored beside the weights."""
+        return any(part.role == "input_scale" for part in self.parts)
+
+    @property
     def row_step(self) -> int:
         """Rows that share an item of some part."""
         return max(part.rows for part in self.parts)

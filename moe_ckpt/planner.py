@@ -24,7 +24,6 @@ from .formats import find_format
 from .kv_cache import kv_cache_units
 from .layouts import Detection, Given, detect
 from .loaders import form_of_experts, loader_warnings, loaders_of
-from .modules import module_of
 from .options import Options, PlanOptions, parse_size
 from .packing import Unit, pack
 from .plan import OutShard, Plan
@@ -70,7 +69,7 @@ def _refuse_without_stats(recipe: Recipe, weights: Weights, stats_files: Sequenc
     """A format with static input scales needs statistics, or a source that has such scales."""
     for name in recipe.formats:
         row = find_format(name)
-        in_source = any(name == of.format for of in weights.all_encoded())
+        in_source = any(name == of.format and of.has_input_scale for of in weights.all_encoded())
         if row.input_scale and not (row.constant_input_scale or stats_files or in_source):
             raise UsageError(
                 f"format {name} has static input scales and needs --stats FILE; without "
@@ -186,7 +185,7 @@ class _Planner:
         for name, reason in choice.copies:
             if name in assigned.stays:
                 target = find_format(assigned.stays[name])
-                units += ((name, u) for u in make.of_linears((module_of(name),), target))
+                units += ((name, unit) for unit in make.of_stay(name, target))
             else:
                 new = output_name(detection, name)
                 units.append((name, make.of_copy(tensors[name], new, reason)))
@@ -224,7 +223,13 @@ class _Planner:
         notes = list(calibration.stats.notes) if calibration else []
         wants = [name for name in self.recipe.formats if find_format(name).input_scale]
         if wants and not files:
-            notes.append("no statistics: every quantized module gets input_scale 1.0")
+            carried = any(of.has_input_scale for of in self.weights.all_encoded())
+            notes.append(
+                "no statistics: quantized modules keep the input scales of the source, those "
+                "without one get input_scale 1.0"
+                if carried
+                else "no statistics: every quantized module gets input_scale 1.0"
+            )
         if files and calibration is None:
             notes.append(
                 f"format {', '.join(self.recipe.formats)} has no input scales: statistics are not "

@@ -316,6 +316,10 @@ class Worker:
         """Slices of matrices, of rows of one, or of columns, of about ``chunk_items`` weights."""
         B, _, N, K = shape
         target = find_format(job.format)
+        # A recoded matrix is cut where neither format has a block.
+        multiple = target.k_multiple
+        if job.is_recoded:
+            multiple = lcm(multiple, find_format(job.encoded.format).k_multiple)
         matrices = self._budget.chunk_items // (N * K)
         if matrices:
             for b in range(0, B, matrices):
@@ -325,8 +329,7 @@ class Worker:
         rows = max(1, self._budget.chunk_items // K // step) * step
         columns = K
         if rows * K > 2 * self._budget.chunk_items and not target.amax_of_rows:
-            columns = max(1, self._budget.chunk_items // rows // target.k_multiple)
-            columns *= target.k_multiple
+            columns = max(1, self._budget.chunk_items // rows // multiple) * multiple
         for b in range(B):
             for n in range(0, N, rows):
                 for k in range(0, K, columns):
@@ -335,7 +338,7 @@ class Worker:
     def _write_scalars(
         self, batch: Batch, values: Mapping[str, torch.Tensor], out: ShardWriter
     ) -> None:
-        """Write the parts that are one number, given as they multiply: float32 [B, P] by role."""
+        """Write the parts that are one number, given as they multiply: [B, P] by role."""
         job = batch.job
         if job.is_stacked and batch.start > 0:
             return
@@ -350,7 +353,7 @@ class Worker:
                 value = value[:1, :1]
             if region.role in job.inverse:
                 value = torch.ones_like(value) / value
-            _write(out, region.offset + batch.start * region.slab_nbytes, value)
+            _write(out, region.offset + batch.start * region.slab_nbytes, value.float())
 
     def _input_scale(self, batch: Batch, target: QuantFormat) -> torch.Tensor:
         job = batch.job
@@ -358,19 +361,14 @@ class Worker:
         if job.input_amax is not None:
             codec: Codec = target.codec()
             return codec.input_scale(torch.full((1,), job.input_amax)).expand(shape)
-        if job.is_recoded and any(part.role == "input_scale" for part in job.encoded.parts):
+        if job.is_recoded and job.encoded.has_input_scale:
             return self._stored_scalars(batch, "input_scale")
         return torch.ones(shape)
 
     def _stored_scalars(self, batch: Batch, role: str) -> torch.Tensor:
-        """A scalar of the source for every output matrix, as it multiplies: float32 [B, P]."""
+        """A scalar of the source for every output matrix, as it multiplies: float64 [B, P]."""
         job = batch.job
         found = self._loader.scalars(batch, role)
-        for b, r in (~(torch.isfinite(found) & (found > 0))).nonzero().tolist():
-            raise CheckpointError(
-                f"{show(batch.slabs[b].labels[r])}: its {role} is {float(found[b, r])}; expected a "
-                "finite number above 0"
-            )
         must_agree = role == "global_scale" and job.format.startswith("nvfp4")
         for b in (found != found[:, :1]).any(1).nonzero().flatten().tolist() if must_agree else ():
             raise CheckpointError(
@@ -378,6 +376,7 @@ class Worker:
                 f"different global scales, {' and '.join(map(str, found[b].tolist()))}, and "
                 "runtimes use one for both; convert with --format bf16 first, then again"
             )
+        found = found.double()  # the reciprocal of a reciprocal is the number again
         if role in job.encoded.inverse:
             found = torch.ones_like(found) / found
         return found.expand(batch.count, len(job.rows))

@@ -69,6 +69,18 @@ class UnitMaker:
         read = Read(info.shard, info.offset, info.nbytes)
         return CopyUnit(info.name, read, (OutTensor(name, info.dtype, info.shape),), reason)
 
+    def of_stay(self, name: str, target: QuantFormat) -> list[QuantUnit]:
+        """A weight that stays, in its form or decoded; its input scale is the source's."""
+        info = self._weights.tensors[name]
+        if len(info.shape) != 2 or not name.endswith(".weight"):
+            self._problems.add(
+                CheckpointError,
+                f"{show(name)} {list(info.shape)}: is {self._weights.what_is(name)}; outside the "
+                "routed experts only quantized matrices of linear layers can be read",
+            )
+            return []
+        return [QuantUnit((self._linear_job([info], None, target),))]
+
     def of_linears(self, group: Sequence[str], target: QuantFormat) -> list[QuantUnit]:
         """One unit for linear layers that share an amax, or one for each if they do not."""
         infos = [self._weights.tensors[f"{module}.weight"] for module in group]
@@ -161,6 +173,17 @@ class UnitMaker:
                     f"{show(what)}: is {source.name} already, and {target.name} would round it a "
                     "second time; say --allow-requantize, or start from the original release",
                 )
+        if (
+            target.input_scale
+            and not target.constant_input_scale
+            and self._calibration is None
+            and not (recoded and encoded.has_input_scale)
+        ):
+            self._problems.add(
+                FormatError,
+                f"{show(what)}: has no input scale in the source, and {target.name} needs one; "
+                "give --stats FILE, or use fp8-channel or fp8-block (dynamic activations)",
+            )
         return Job(
             slabs=slabs,
             source_rows=source_rows,
@@ -187,7 +210,14 @@ class UnitMaker:
                 f"{show(found.source)}: {'/'.join(side.projections)} of its experts are stored in "
                 f"different ways: {show_some(kinds)}",
             )
-        return next(iter(encodings))
+        encoded, name = next(iter(encodings.items()))
+        if side.is_transposed and not encoded.is_plain:
+            self._problems.add(
+                CheckpointError,
+                f"{show(name)}: is {self._weights.what_is(name)}, stored [in, out]; quantized "
+                "experts are read only as [out, in]; start from the original release",
+            )
+        return encoded
 
     def _split_bias(self, found: Experts, side: Side) -> Iterator[CopyUnit]:
         """The bias of each expert, split as its weights are."""

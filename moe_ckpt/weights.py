@@ -8,7 +8,7 @@ know. Only where bytes are read do the tensors behind it count.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from .checkpoint import Source
 from .dtypes import nbytes_of
 from .encodings import ENCODINGS, SCALE_ENDINGS, Encoding
 from .errors import CheckpointError, Problems, show, show_some
-from .formats import Part
+from .formats import Part, find_format
 from .headers import TensorInfo
 from .layouts.packed import name_of_packing
 from .plan import Encoded, Read
@@ -41,6 +41,25 @@ _METHODS: Mapping[str, tuple[str, ...]] = {
     "compressed-tensors": tuple(
         sorted({encoding.format for encoding in ENCODINGS if encoding.ending != "_blocks"})
     ),
+}
+
+# What ModelOpt calls what it does; others change the weights or the input as well (AWQ, SVDQuant).
+_ALGOS = frozenset(
+    (
+        "FP8",
+        "FP8_PER_CHANNEL_PER_TOKEN",
+        "FP8_PB_WO",
+        "MIXED_PRECISION",
+        "MXFP8",
+        "NVFP4",
+        "W4A16_NVFP4",
+    )
+)
+# Kind and bits of the weights of compressed-tensors.
+_NUMBERS = frozenset({("float", "4"), ("float", "8"), ("int", "4"), ("int", "8")})
+_NOT_READ = {
+    "sparsity_config": "sparse weights",
+    "transform_config": "weights that are rotated",
 }
 
 
@@ -137,6 +156,13 @@ def weights_of(source: Source) -> Weights:
             continue
         encoding, encoded, infos, others = match
         name = f"{stem}_blocks" if encoding.ending == "_blocks" else stem
+        if name in stored or (name != info.name and name in source.tensors):
+            problems.add(
+                CheckpointError,
+                f"{show(name)}: is stored twice, also as {show(info.name)}; which of them counts "
+                "cannot be told",
+            )
+            continue
         stored[name] = _Stored(encoding.name, encoded, infos)
         beside.update(other.name for other in infos[1:])
         beside.update(others)
@@ -147,15 +173,16 @@ def weights_of(source: Source) -> Weights:
     seems = f"; it seems to be packed as {packing}" if packing else ""
     if scaleless:
         problems.add(CheckpointError, f"{show_some(scaleless)}{seems}")
+    problems.check()
     orphans = [
         name
         for name, info in source.tensors.items()
         if name not in beside
         and name.endswith(SCALE_ENDINGS)
-        and f"{name}" not in stored
+        and name not in stored
         and not _is_weight(info)
     ]
-    if orphans and not scaleless:
+    if orphans:
         problems.add(
             CheckpointError,
             f"{show_some(orphans)}: belongs to no quantized weight; the checkpoint is incomplete, "
@@ -178,11 +205,17 @@ def weights_of(source: Source) -> Weights:
             f"{found_configs[0][0]} says that the weights are quantized, and none is; what it says "
             "is replaced"
         )
+    kv_caches = {where: _kv_cache(found) for where, found in found_configs}
+    warnings += [
+        f"{where}: KV cache scheme {show(said)} is not known and is left out"
+        for where, said in kv_caches.items()
+        if said and said is not True
+    ]
     return Weights(
         tensors=ordered,
         config=_without_quantization(source.config),
         encodings=counts,
-        kv_cache=any(_has_kv_cache(found) for _, found in found_configs),
+        kv_cache=any(said is True for said in kv_caches.values()),
         warnings=tuple(warnings),
         _stored=stored,
     )
@@ -302,8 +335,57 @@ def _check_config(where: str, found: Mapping[str, Any], problems: Problems) -> N
             f"{where}: weight_block_size is {show(block)}; only [128, 128] and MX's [1, 32] can "
             "be read",
         )
-    if found.get("sparsity_config"):
-        problems.add(CheckpointError, f"{where}: sparsity_config: sparse weights cannot be read")
+    for key, what in _NOT_READ.items():
+        if found.get(key):
+            problems.add(CheckpointError, f"{where}: {key}: {what} cannot be read")
+    unknown = sorted(_algos(found) - _ALGOS)
+    if method == "modelopt" and unknown:
+        problems.add(
+            CheckpointError,
+            f"{where}: quant_algo {show_some(unknown)} cannot be read; known are "
+            f"{', '.join(sorted(_ALGOS))}. Start from the original release",
+        )
+    for name, number, is_plain in _schemes(found):
+        if not is_plain or number not in _NUMBERS:
+            problems.add(
+                CheckpointError,
+                f"{where}: {show(name)}: weights of type {show(number[0])} and {show(number[1])} "
+                "bits in this form cannot be read; known are symmetric float and int of 4 bits, "
+                "and of 8 bits that are not packed",
+            )
+
+
+def _algos(found: Mapping[str, Any]) -> set[str]:
+    """The names of ModelOpt's algorithms, those of single layers included."""
+    layers = found.get("quantized_layers")
+    entries = [found, *(layers.values() if isinstance(layers, dict) else ())]
+    said = [entry.get("quant_algo") for entry in entries if isinstance(entry, dict)]
+    return {str(algo).upper() for algo in said if algo}
+
+
+def _schemes(found: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, str], bool]]:
+    """What compressed-tensors says of the weights of each group: its name, kind and bits.
+
+    And whether they are symmetric, and packed only if they are of 4 bits.
+    """
+    groups = found.get("config_groups")
+    if _method(found) != "compressed-tensors" or not isinstance(groups, dict):
+        return
+    for name, group in groups.items():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(weights, dict):
+            continue
+        number = (str(weights.get("type", "int")), str(weights.get("num_bits", 8)))
+        stored = group.get("format") or found.get("format")
+        is_packed = stored == "pack-quantized" and number[0] == "int" and number[1] != "4"
+        is_plain = weights.get("symmetric", True) is True and not is_packed
+        yield f"config_groups.{name}", number, is_plain
+
+
+def _number_of(format_name: str) -> tuple[str, str]:
+    """Kind and bits of a format as compressed-tensors has them."""
+    kind = "int" if format_name.startswith("int") else "float"
+    return kind, str(find_format(format_name).weight_bits)
 
 
 def _refuse_contradictions(
@@ -317,6 +399,13 @@ def _refuse_contradictions(
             for name, s in stored.items()
             if s.encoded.format.replace("-w4a16", "") not in allowed
         ]
+        numbers = {number for _, number, _ in _schemes(found)}
+        if numbers:
+            wrong += [
+                f"{name} ({s.name})"
+                for name, s in stored.items()
+                if _number_of(s.encoded.format) not in numbers
+            ]
         if wrong:
             problems.add(
                 CheckpointError,
@@ -324,8 +413,16 @@ def _refuse_contradictions(
             )
 
 
-def _has_kv_cache(found: Mapping[str, Any]) -> bool:
-    return bool(found.get("kv_cache_scheme")) or found.get("kv_cache_quant_algo") == "FP8"
+def _kv_cache(found: Mapping[str, Any]) -> Any:
+    """What is said of the KV cache: True for static FP8 with a scale for each of k and v."""
+    scheme, algo = found.get("kv_cache_scheme"), found.get("kv_cache_quant_algo")
+    if algo == "FP8":
+        return True
+    if not isinstance(scheme, dict):
+        return algo or scheme
+    number = (scheme.get("num_bits"), scheme.get("type"), scheme.get("strategy", "tensor"))
+    is_static = not scheme.get("dynamic") and scheme.get("symmetric", True)
+    return True if is_static and number == (8, "float", "tensor") else scheme
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,8 +53,10 @@ class Container:
         Raises:
             LayoutError: with the shapes found and those expected.
         """
-        dtypes = {self._tensors[name].dtype for name in self.names}
-        if not dtypes <= FLOATS or len(dtypes) > 1:
+        dtypes = {self._tensors[name].dtype for name in self.members.values()}
+        biases = {self._tensors[name].dtype for name in self.biases.values()}
+        if not dtypes | biases <= FLOATS or len(dtypes) > 1:
+            dtypes |= biases
             raise LayoutError(
                 f"{show(self.source)}: experts are stored as {', '.join(sorted(dtypes))}"
                 f"{f' ({packing})' if packing else ''}; expected BF16, F16 or F32 throughout; "
