@@ -1,0 +1,72 @@
+"""The parts of matrices that are one number: of which they are made, and how they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from .errors import CheckpointError, show
+from .formats import find_format
+from .loader import Loader
+from .pieces import write
+from .schedule import Batch
+from .writer import ShardWriter
+
+__all__ = ["stored_scalars", "write_scalars"]
+
+
+def write_scalars(
+    batch: Batch, values: Mapping[str, torch.Tensor], loader: Loader, out: ShardWriter
+) -> None:
+    """Write the scalars of a batch, its input scales too.
+
+    ``values`` holds those of the weights by role, as they multiply: [B] for slabs, or [B, P] for
+    their matrices. Slabs that are stacked have one, which is written with the first.
+    """
+    job = batch.job
+    if job.is_stacked and batch.start > 0:
+        return
+    for region in job.regions:
+        if region.row_nbytes:
+            continue
+        is_input = region.role == "input_scale"
+        value = _input_scale(batch, loader) if is_input else values[region.role]
+        value = value.view(batch.count, -1).expand(-1, len(job.rows))
+        if job.is_stacked:
+            value = value[:1, :1].clone()
+        if region.role in job.inverse:
+            value = torch.ones_like(value) / value
+        write(out, region.offset + batch.start * region.slab_nbytes, value.float())
+
+
+def _input_scale(batch: Batch, loader: Loader) -> torch.Tensor:
+    """Activation scales: from statistics, from the source, or 1.0."""
+    job = batch.job
+    if job.input_amax is not None:
+        scale = find_format(job.format).codec().input_scale(torch.full((1,), job.input_amax))
+        return scale.expand(batch.count)
+    if job.is_recoded and job.encoded.has_input_scale:
+        return stored_scalars(batch, "input_scale", loader)
+    return torch.ones(batch.count)
+
+
+def stored_scalars(batch: Batch, role: str, loader: Loader) -> torch.Tensor:
+    """A scalar of the source for every output matrix, as it multiplies: float64 [B, P].
+
+    Raises:
+        CheckpointError: one is no number above 0, or those of NVFP4 differ in a slab.
+    """
+    job = batch.job
+    found = loader.scalars(batch, role)
+    must_agree = role == "global_scale" and job.format.startswith("nvfp4")
+    for b in (found != found[:, :1]).any(1).nonzero().flatten().tolist() if must_agree else ():
+        raise CheckpointError(
+            f"{show(batch.slabs[b].labels[0])} and {show(batch.slabs[b].labels[-1])}: have "
+            f"different global scales, {' and '.join(map(str, found[b].tolist()))}, and "
+            "runtimes use one for both; convert with --format bf16 first, then again"
+        )
+    found = found.double()  # the reciprocal of a reciprocal is the number again
+    if role in job.encoded.inverse:
+        found = torch.ones_like(found) / found
+    return found.expand(batch.count, len(job.rows))
