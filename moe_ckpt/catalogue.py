@@ -48,7 +48,7 @@ def formats_lines() -> Iterator[str]:
         yield f"  {dialect.name:20}{dialect.summary}"
     yield ""
     yield "The runtimes are those that read Mixture-of-Experts models in that format; which of them"
-    yield "read a family's experts, `moe-ckpt layouts` says. Tensor parallelism cuts the experts' I:"
+    yield "read a family's, `moe-ckpt layouts` says. Tensor parallelism cuts the experts' I:"
     example = 768
     sizes = {row.name: tensor_parallel_sizes(row, example) for row in FORMATS}
     yield f"for I = {example} it may be"

@@ -105,8 +105,7 @@ class Worker:
         for piece in pieces:
             stored = whole if whole is not None else self._loader.weights(batch, *piece)
             weight_BPNK = matrices_of(job, stored)
-            if target.amax_of_rows:
-                amax_BPN = _rows_of_piece(job, rows, piece)
+            rows_BPN = _rows_of_piece(job, rows, piece) if target.amax_of_rows else None
 
             def fill(
                 p: int,
@@ -115,11 +114,12 @@ class Worker:
                 k: slice,
                 out: dict[str, torch.Tensor],
                 weight_BPNK: torch.Tensor = weight_BPNK,
+                rows_BPN: torch.Tensor | None = rows_BPN,
             ) -> None:
                 chunk = weight_BPNK[b, p, n, k]
                 if not chunk.is_contiguous():
                     chunk = in_order(chunk, self._scratch)
-                amax = amax_BPN[b, p, n] if target.amax_of_rows else amax_B[b]
+                amax = amax_B[b] if rows_BPN is None else rows_BPN[b, p, n]
                 codec.quantize(chunk, amax, out, self._scratch)
 
             self._write_piece(batch, piece, tuple(weight_BPNK.shape), fill, out)

@@ -203,9 +203,8 @@ def _group(
                 group.members[expert, form.leaves.index(match["leaf"])] = name
                 break
             group.biases[form.biases.index(match["leaf"])] = name  # of forms with other leaves too
-        if not found:
-            if _is_expert(info) or _is_stack(info, sizes):
-                unmatched.append(name)
+        if not found and (_is_expert(info) or _is_stack(info, sizes)):
+            unmatched.append(name)
     groups = [group for group in containers.values() if group.members]
     stacks = {stack_of(group.layer) for group in groups}
 
