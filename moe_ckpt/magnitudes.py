@@ -75,7 +75,7 @@ class Magnitudes:
 
 
 def rows_of_piece(job: Job, amax_BN: torch.Tensor, piece: tuple[int, int]) -> torch.Tensor:
-    """Of the amax of all rows of slabs, those of a piece, in the order [B, P, N] of its matrices."""
+    """Of the amax of all rows of slabs, those of a piece, as its matrices [B, P, N]."""
     if not job.is_transposed:
         amax_BN = amax_BN[:, piece[0] : piece[1]]
     if job.is_interleaved:

@@ -85,8 +85,7 @@ class PieceWriter:
                 for role, (part, _, view) in results.items():
                     chunk.out[role] = view[chunk.of(part)]
                 yield chunk
-        start, stop = piece
-        if _gathers(job) and stop < job.stored_shape[0]:
+        if _gathers(job) and piece[1] < job.stored_shape[0]:
             return
         for region in job.regions:
             if region.row_nbytes:

@@ -166,13 +166,13 @@ class UnitMaker:
     ) -> Job:
         recoded = is_recoded(encoded, target)
         source = find_format(encoded.format)
-        if not recoded and source.weight_bits == target.weight_bits == 4:
-            if not self._may_requantize:
-                self._problems.add(
-                    FormatError,
-                    f"{show(what)}: is {source.name} already, and {target.name} would round it a "
-                    "second time; say --allow-requantize, or start from the original release",
-                )
+        is_4_to_4 = source.weight_bits == target.weight_bits == 4
+        if is_4_to_4 and not recoded and not self._may_requantize:
+            self._problems.add(
+                FormatError,
+                f"{show(what)}: is {source.name} already, and {target.name} would round it a "
+                "second time; say --allow-requantize, or start from the original release",
+            )
         if (
             target.input_scale
             and not target.constant_input_scale

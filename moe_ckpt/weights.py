@@ -227,7 +227,7 @@ def _stem(info: TensorInfo) -> str | None:
         return None
     name = info.name
     for ending in ("_packed", "_blocks"):
-        if name.endswith(f"weight{ending}") or name.endswith(f"_proj{ending}"):
+        if name.endswith((f"weight{ending}", f"_proj{ending}")):
             return name.removesuffix(ending)
     return name if _is_weight(info) else None
 
