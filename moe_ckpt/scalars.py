@@ -32,12 +32,13 @@ def write_scalars(
             continue
         is_input = region.role == "input_scale"
         value = _input_scale(batch, loader) if is_input else values[region.role]
-        value = value.view(batch.count, -1).expand(-1, len(job.rows))
+        value = value.reshape(batch.count, -1).expand(-1, len(job.rows))
         if job.is_stacked:
-            value = value[:1, :1].clone()
+            value = value[0, :1]
         if region.role in job.inverse:
             value = torch.ones_like(value) / value
-        write(out, region.offset + batch.start * region.slab_nbytes, value.float())
+        contiguous = value.float().clone(memory_format=torch.contiguous_format)
+        write(out, region.offset + batch.start * region.slab_nbytes, contiguous)
 
 
 def _input_scale(batch: Batch, loader: Loader) -> torch.Tensor:
