@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .choice import Choice, format_of_experts, output_name
 from .dialects import Assignment, Dialect, QuantizedExperts
@@ -43,6 +44,7 @@ class Assigned:
 
 
 def assign(
+    config: Mapping[str, Any],
     weights: Weights,
     detection: Detection,
     choice: Choice,
@@ -54,7 +56,8 @@ def assign(
     """Decide on what the recipe keeps, and write the configuration.
 
     Args:
-        weights: the source.
+        config: the source's.
+        weights: the source's.
         detection: its experts.
         choice: what happens to the other tensors.
         experts: format or "keep" for each group of experts of the detection.
@@ -100,7 +103,7 @@ def assign(
         if in_form and len(mixed) > 1 and dialect.refused_mix(mixed):
             raise LayoutError(dialect.refused_mix(mixed))
         assignment = _assignment(detection, choice, chosen, stays, kv_cache=kv_cache)
-        files = dialect.config_files(weights.config, assignment)
+        files = dialect.config_files(config, assignment)
         return Assigned(chosen, stays, assignment, files)
 
     try:

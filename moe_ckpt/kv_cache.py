@@ -15,7 +15,9 @@ from .modules import is_matrix, module_of, set_aside
 from .packing import ConstantUnit, Unit
 from .plan import OutTensor
 
-__all__ = ["kv_cache_units"]
+__all__ = ["KV_SCALES", "kv_cache_units"]
+
+KV_SCALES = (".k_scale", ".v_scale")
 
 _E4M3_MAX = 448.0
 _SMALLEST_NORMAL = 2.0**-126
@@ -40,7 +42,7 @@ def kv_cache_units(
         )
     assert calibration is not None
     units: list[tuple[str, Unit]] = []
-    present = [name for name in tensors if name.endswith((".k_scale", ".v_scale"))]
+    present = [name for name in tensors if name.endswith(KV_SCALES)]
     if present:
         problems.add(
             LayoutError,

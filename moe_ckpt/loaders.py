@@ -93,8 +93,12 @@ def loader_warnings(
     dialect: Dialect,
     of_experts: Sequence[str],
     formats: Sequence[str],
+    part_blocks: Sequence[str],
 ) -> tuple[str, ...]:
-    """What the user should know before relying on a runtime."""
+    """What the user should know before relying on a runtime.
+
+    ``part_blocks``: linear layers that end in a part of a block.
+    """
     family, model_type = detection.family, show(detection.model_type)
     found = []
     if not loaders_of(detection, form, dialect, of_experts, formats):
@@ -108,5 +112,10 @@ def loader_warnings(
         found.append(
             f"transformers reads the experts of {model_type} only fused: it would fill them with "
             "random numbers, and only log that keys are missing"
+        )
+    if part_blocks:
+        found.append(
+            f"{show_some(part_blocks)}: ends in part of a block, which transformers decodes "
+            "wrongly where it decodes, as on a CPU"
         )
     return tuple(found)

@@ -21,7 +21,7 @@ from .choice import Choice, choose, output_name
 from .dialects import Dialect, dialect_for
 from .errors import LayoutError, Problems, UsageError, show, show_some
 from .formats import find_format
-from .kv_cache import kv_cache_units
+from .kv_cache import KV_SCALES, kv_cache_units
 from .layouts import Detection, Given, detect
 from .loaders import form_of_experts, loader_warnings, loaders_of
 from .options import Options, PlanOptions, parse_size
@@ -54,7 +54,7 @@ def make_plan(in_dir: str | os.PathLike[str], **options: Unpack[PlanOptions]) ->
     _refuse_without_stats(recipe, weights, asked.stats_files)
     problems = Problems()
     given = Given(asked.layout, asked.gate_up_order)
-    detection = problems.catch(lambda: detect(weights.tensors, weights.config, given))
+    detection = problems.catch(lambda: detect(weights.tensors, source.config, given))
     stats = problems.catch(lambda: read_stats(asked.stats_files) if asked.stats_files else None)
     amax = problems.catch(lambda: read_amax(asked.weight_amax, source) if asked.weight_amax else {})
     problems.check()
@@ -110,6 +110,7 @@ class _Planner:
         choice = choose(self.weights.tensors, detection, self.recipe, problems)
         problems.check()
         assigned = assign(
+            source.config,
             self.weights,
             detection,
             choice,
@@ -164,7 +165,7 @@ class _Planner:
                 "files": (*source.warnings, *self.weights.warnings),
                 "layers": detection.warnings,
                 "loaders": loader_warnings(
-                    detection, self.form, self.dialect, of_experts, tuple(formats)
+                    detection, self.form, self.dialect, of_experts, tuple(formats), make.part_blocks
                 ),
                 "statistics": calibration.warnings(self.weights.tensors) if calibration else (),
             },
@@ -183,6 +184,8 @@ class _Planner:
             linears = make.of_linears(group, find_format(name))
             units += ((f"{group[0]}.weight", unit) for unit in linears)
         for name, reason in choice.copies:
+            if self._is_dropped(name):
+                continue
             if name in assigned.stays:
                 target = find_format(assigned.stays[name])
                 units += ((name, unit) for unit in make.of_stay(name, target))
@@ -190,6 +193,11 @@ class _Planner:
                 new = output_name(detection, name)
                 units.append((name, make.of_copy(tensors[name], new, reason)))
         return units
+
+    def _is_dropped(self, name: str) -> bool:
+        """Whether a tensor is a scale of the source's KV cache that the dialect cannot announce."""
+        dropped = self.weights.kv_cache and self.dialect.kv_scales is None
+        return dropped and name.endswith(KV_SCALES)
 
     def _count(self, shards: Iterable[OutShard]) -> dict[str, int]:
         """How many matrices become each format, those in a stack counted one by one."""
@@ -250,7 +258,10 @@ class _Planner:
                 f"{self.dialect.name} cannot say what they are: {show_some(decoded)}"
             )
         if self.weights.kv_cache and not self.dialect.kv_scales:
-            notes.append(f"dialect {self.dialect.name} has no FP8 KV cache: its scheme is left out")
+            notes.append(
+                f"dialect {self.dialect.name} has no FP8 KV cache: the source's scheme and its "
+                "scales are left out"
+            )
         return tuple(notes)
 
     def _refuse_collisions(self, shards: Iterable[OutShard]) -> None:

@@ -65,7 +65,7 @@ def scan(
         raise OutputRefusedError(f"{show(path)}: lies in the input; choose another place")
     source = open_source(in_dir)
     weights = weights_of(source)
-    found = detect(weights.tensors, weights.config, Given(layout, gate_up_order))
+    found = detect(weights.tensors, source.config, Given(layout, gate_up_order))
     jobs = list(_jobs(weights, found))
     modules: dict[str, float] = {}
     budget = CUDA if device.type == "cuda" else CPU

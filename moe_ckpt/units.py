@@ -29,7 +29,8 @@ _NVFP4 = ("nvfp4", "nvfp4-w4a16")
 class UnitMaker:
     """Makes units; problems are collected, not raised.
 
-    ``weight_amax`` is the largest magnitude of output modules, from a scan.
+    ``weight_amax`` is the largest magnitude of output modules, from a scan. ``part_blocks``
+    collects linear layers that end in a part of a block.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class UnitMaker:
         self._weight_amax = weight_amax
         self._problems = problems
         self._may_requantize = may_requantize
+        self.part_blocks: list[str] = []
 
     def of_experts(self, found: Experts, target: QuantFormat) -> list[CopyUnit | QuantUnit]:
         """Experts of a layer, a matrix each: one unit, and units for their biases."""
@@ -96,6 +98,8 @@ class UnitMaker:
             if k % target.k_multiple or (whole and n % target.n_multiple):
                 shapes = [info.shape, *(other.shape for other in infos)]
                 self._indivisible(info.name, target, shapes)
+            elif n % target.n_multiple:
+                self.part_blocks.append(info.name)
         alike = len({self._weights.encoded(info.name) for info in infos}) == 1
         if len(infos) > 1 and target.shares_dense_amax and not alike:
             self._problems.add(

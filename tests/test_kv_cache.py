@@ -113,3 +113,22 @@ def test_what_the_source_has_passes_through(tmp_path, stats, dialect):
     shutil.rmtree(two)
     with pytest.raises(moe_ckpt.LayoutError, match="has scales of the KV cache already"):
         moe_ckpt.convert(one, two, stats=[stats], kv_cache="fp8")
+
+
+@pytest.mark.parametrize("number_format", ["fp8-block", "bf16"])
+def test_where_the_dialect_has_no_scheme_the_scales_go_too(tmp_path, number_format):
+    wide = FIXTURES / "qwen3_moe_wide"
+    top = read_json(wide / "stats.json")
+    for layer in range(read_json(wide / "source" / "config.json")["num_hidden_layers"]):
+        for leaf in ("k_proj", "v_proj"):
+            name = f"model.layers.{layer}.self_attn.{leaf}"
+            top["modules"].setdefault(name, {})["output_amax"] = 448.0
+    (tmp_path / "stats.json").write_text(json.dumps(top))
+    one, two = tmp_path / "one", tmp_path / "two"
+    stats = [tmp_path / "stats.json"]
+    moe_ckpt.convert(wide / "source", one, stats=stats, kv_cache="fp8")
+    plan = moe_ckpt.make_plan(one, format=number_format)
+    assert any("has no FP8 KV cache" in note for note in plan.notes)
+    moe_ckpt.convert(one, two, format=number_format)
+    assert not any(name.endswith(("k_scale", "v_scale")) for name in load(two))
+    assert "kv_cache" not in (two / "config.json").read_text()
