@@ -8,6 +8,7 @@ from conftest import FIXTURES, read_files
 
 import moe_ckpt
 from moe_ckpt.conversion import execute
+from moe_ckpt.errors import InputError
 from moe_ckpt.formats import FORMATS, nvfp4_from_mxfp4
 from moe_ckpt.formats.amax import abs_max, scale_of
 from moe_ckpt.schedule import Budget
@@ -18,30 +19,57 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("model", ["qwen3_moe", "mixtral", "deepseek_v3", "qwen2_moe"])
-@pytest.mark.parametrize("row", FORMATS, ids=lambda row: row.name)
-def test_same_files(tmp_path, model, row):
-    options = {"format": row.name, "quantize": "linear"}
-    if row.input_scale:
-        options["stats"] = [FIXTURES / model / "stats.json"]
-    for device in ("cpu", "cuda"):
-        moe_ckpt.convert(FIXTURES / model / "source", tmp_path / device, device=device, **options)
-    assert read_files(tmp_path / "cpu") == read_files(tmp_path / "cuda")
+DENSE = ("qwen3_moe", "mixtral", "deepseek_v3", "qwen2_moe", "qwen3_moe_wide")
+TRANSPOSED = ("llama4", "gpt_oss")
 
 
-@pytest.mark.parametrize("model", ["llama4", "gpt_oss"])
-@pytest.mark.parametrize("experts", ["split", "fused"])
-@pytest.mark.parametrize("row", FORMATS, ids=lambda row: row.name)
-@pytest.mark.parametrize("stage_nbytes", [1, 4000, 1 << 20])
-def test_same_files_from_transposed_experts(tmp_path, model, experts, row, stage_nbytes):
-    """Whole slabs and pieces of them, interleaved and not, split and fused."""
+def planned(model, row, **options):
+    """The plan for a fixture; None where the format does not fit it."""
     stats = [FIXTURES / model / "stats.json"] if row.input_scale else []
-    plan = moe_ckpt.make_plan(
-        FIXTURES / model / "source", format=row.name, stats=stats, experts=experts
-    )
+    try:
+        source = FIXTURES / model / "source"
+        return moe_ckpt.make_plan(source, format=row.name, stats=stats, **options)
+    except InputError:
+        return None
+
+
+CASES = [
+    *((model, row, "linear", "split") for model in DENSE for row in FORMATS),
+    *(
+        (model, row, "experts", experts)
+        for model in TRANSPOSED
+        for row in FORMATS
+        for experts in ("split", "fused")
+    ),
+]
+CASES = [case for case in CASES if planned(case[0], case[1], quantize=case[2], experts=case[3])]
+
+
+@pytest.mark.parametrize(
+    ("model", "row", "quantize", "experts"), CASES, ids=lambda x: getattr(x, "name", x)
+)
+@pytest.mark.parametrize("stage_nbytes", [1, 4000, 1 << 20])
+def test_same_files(tmp_path, model, row, quantize, experts, stage_nbytes):
+    """Whole slabs and pieces of them, transposed, interleaved and not, split and fused."""
+    plan = planned(model, row, quantize=quantize, experts=experts)
     execute(plan, tmp_path / "cpu", device=torch.device("cpu"))
     budget = Budget(stage_nbytes, 1 << 12, 2)
     execute(plan, tmp_path / "cuda", device=torch.device("cuda"), budget=budget)
+    assert read_files(tmp_path / "cpu") == read_files(tmp_path / "cuda")
+
+
+@pytest.mark.parametrize("row", FORMATS, ids=lambda row: row.name)
+@pytest.mark.parametrize("target", ["bf16", "nvfp4", "fp8-channel"])
+def test_same_files_from_quantized_sources(tmp_path, row, target):
+    """Decoded, recoded, and quantized again."""
+    plan = planned("qwen3_moe_wide", row, quantize="linear")
+    execute(plan, tmp_path / "in", device=torch.device("cpu"))
+    again = moe_ckpt.make_plan(
+        tmp_path / "in", format=target, quantize="linear", allow_requantize=True
+    )
+    budget = Budget(20_000, 1 << 12, 2)
+    execute(again, tmp_path / "cpu", device=torch.device("cpu"))
+    execute(again, tmp_path / "cuda", device=torch.device("cuda"), budget=budget)
     assert read_files(tmp_path / "cpu") == read_files(tmp_path / "cuda")
 
 
