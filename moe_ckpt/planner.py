@@ -177,8 +177,8 @@ class _Planner:
         units: list[tuple[str, Unit]] = []
         for found, name in zip(detection.experts, assigned.experts, strict=True):
             target = find_format(name)
-            is_fused = self.form == "fused" and name != PLAIN
-            made = (make.of_fused_experts if is_fused else make.of_experts)(found, target)
+            of_experts = make.of_fused_experts if self.form == "fused" else make.of_experts
+            made = of_experts(found, target)
             units += ((found.gate_up[0], unit) for unit in made)
         for group, name in choice.linears:
             linears = make.of_linears(group, find_format(name))

@@ -464,6 +464,28 @@ def test_fused_mxfp4_becomes_fused_nvfp4_exactly(tmp_path, budget):
     assert {n for n in theirs if n.startswith(S.QWEN)} == set(found)
 
 
+@pytest.mark.parametrize("stage_nbytes", [1, 1 << 20])
+@pytest.mark.parametrize(("i", "h"), [(64, 64), (96, 32)])
+def test_fused_mxfp4_becomes_the_model_before_it_was_quantized(tmp_path, i, h, stage_nbytes):
+    """As transformers decodes it: [E, in, out], gate and up interleaved."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    tensors, _ = gpt_oss(tmp_path, i, h)
+    plan = moe_ckpt.make_plan(tmp_path / "in", format="bf16")
+    assert plan.experts_as == "fused"
+    assert "transformers" in plan.loaders
+    budget = Budget(stage_nbytes, 1 << 12, 2)
+    execute(plan, tmp_path / "out", device=torch.device("cpu"), budget=budget)
+    found = load(tmp_path / "out")
+    for leaf in ("gate_up_proj", "down_proj"):
+        blocks, scales = (tensors[f"{S.QWEN}.{leaf}_{part}"] for part in ("blocks", "scales"))
+        theirs = convert_moe_packed_tensors(blocks, scales)
+        assert torch.equal(found[f"{S.QWEN}.{leaf}"], theirs)
+        bias = f"{S.QWEN}.{leaf}_bias"
+        assert torch.equal(found[bias], tensors[bias])
+    assert not any("blocks" in name or "scales" in name for name in found)
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("as_", ["split", "fused"])
 def test_blocks_that_nvfp4_cannot_hold_are_counted(tmp_path, as_, budget):
