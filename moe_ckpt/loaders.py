@@ -106,7 +106,7 @@ def loader_warnings(
             f"no runtime is known to load {' and '.join(formats)} of model type {model_type} with "
             f"{form} experts in dialect {dialect.name}; try the result before you rely on it"
         )
-    if family.instead:
+    if family.instead and set(formats) != {"bf16"}:
         found.append(f"model type {model_type}: {family.instead}")
     if form == "split" and family.in_transformers and TRANSFORMERS not in family.loaders:
         found.append(
