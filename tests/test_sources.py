@@ -694,8 +694,13 @@ def test_scales_of_the_kv_cache_pass_through(tmp_path, dialect):
 
 @pytest.mark.parametrize(
     "other",
-    [{"num_bits": 4}, {"type": "int"}, {"dynamic": True}, {"symmetric": False}]
-    + [{"strategy": "channel"}],
+    [
+        {"num_bits": 4},
+        {"type": "int"},
+        {"dynamic": True},
+        {"symmetric": False},
+        {"strategy": "channel"},
+    ],
 )
 def test_another_kv_cache_is_not_taken_for_fp8(tmp_path, other):
     tensors, _ = make(tmp_path / "x", "nvfp4-modelopt", beside=False)
@@ -837,12 +842,12 @@ def without(tensors, *endings):
         (
             "int4-g32",
             lambda t: t | {f"{UP}_zero_point": ONES.int()},
-            ["zero_point: only symmetric groups"],
+            ["zero_point: only"],
         ),
         (
             "int4-g32",
             lambda t: t | {f"{UP}_g_idx": torch.arange(128)},
-            ["g_idx: only symmetric groups"],
+            ["g_idx: only sym"],
         ),
         ("int4-g32", lambda t: t | {UP: ONES.bfloat16()}, ["is stored twice"]),
         ("mxfp4-ct", lambda t: without(t, "_scale"), ["no scale beside it"]),
