@@ -58,13 +58,12 @@ def kv_cache_units(
             continue
         if set_aside(name, detection.stacks, detection.num_layers):
             continue
+        attention = module_of(output_name(detection, module_of(name)))
         for projection, suffix in zip(("k_proj", "v_proj"), dialect.kv_scales, strict=True):
             source = f"{parent}.{projection}"
             amax = calibration.output_amax(source, output_name(detection, source), problems)
             scale = max((amax or _E4M3_MAX) / _E4M3_MAX, _SMALLEST_NORMAL)
-            tensor = OutTensor(
-                f"{output_name(detection, parent)}.{suffix}", "F32", dialect.scalar_shape
-            )
+            tensor = OutTensor(f"{attention}.{suffix}", "F32", dialect.scalar_shape)
             units.append((name, ConstantUnit(tensor, struct.pack("<f", scale))))
     if not units:
         problems.add(

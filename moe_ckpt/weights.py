@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from .announced import announcements
 from .checkpoint import Source
-from .dtypes import nbytes_of
+from .dtypes import FLOATS, nbytes_of
 from .encodings import ENCODINGS, SCALE_ENDINGS
 from .errors import CheckpointError, Problems, show, show_some
 from .formats import Part
@@ -217,8 +218,9 @@ def _match(info: TensorInfo, stem: str, tensors: Mapping[str, TensorInfo]) -> _S
         beside = [f"{stem}_shape", *(f"{module}{e}" for e in _INPUT_ENDINGS if module != stem)]
         others = [name for name in beside if name in tensors]
         inputs = [tensors[name] for name in others if name.endswith(_INPUT_ENDINGS)]
-        if number_format in ("fp8-tensor", "nvfp4") and inputs and inputs[0].nbytes == 4:
-            parts.append(Part("input_scale", "F32", 0))
+        is_number = inputs and inputs[0].dtype in FLOATS and prod(inputs[0].shape) == 1
+        if number_format in ("fp8-tensor", "nvfp4") and is_number:
+            parts.append(Part("input_scale", inputs[0].dtype, 0))
             infos.append(inputs[0])
         elif number_format == "nvfp4":
             number_format = "nvfp4-w4a16"

@@ -95,14 +95,16 @@ def fp8_block(name, weight, dtype="F32", ending="_scale_inv", dims=2):
     return {name: codes, f"{name}{ending}": stored}, codes.float() * wide
 
 
-def fp8_tensor(name, weight, dtype="F32", dims=0, inputs=None):
-    """One scale for the matrix; of a stack one for each."""
+def fp8_tensor(name, weight, dtype="F32", dims=0, inputs=None, input_dtype="F32"):
+    """One scale for the matrix; of a stack one for each, ``dims`` 3 as they are multiplied."""
     stored = (weight.abs().amax((-2, -1)) / 448).to(SCALE_DTYPES[dtype])
     wide = stored.float().unflatten(-1, (-1, 1, 1)) if stored.dim() else stored.float()
     codes = e4m3(weight / wide)
     tensors = {name: codes, f"{name}_scale": stored.view(1) if dims == 1 else stored}
+    if dims == 3:
+        tensors[f"{name}_scale"] = stored.view(-1, 1, 1)
     if inputs is not None:
-        input_scale = torch.tensor(inputs)
+        input_scale = torch.tensor(inputs, dtype=SCALE_DTYPES[input_dtype])
         tensors[f"{name.removesuffix('weight')}input_scale"] = (
             input_scale.view(1) if dims == 1 else input_scale
         )

@@ -277,6 +277,7 @@ def test_compressed_tensors_mix():
     assert not any("experts" in target for target in linears["targets"])
     # SGLang refuses experts in 4-bit integers otherwise
     assert quantization(CT, mixed("int4-g32", "fp8-channel"))["format"] == "pack-quantized"
+    assert quantization(CT, mixed("fp8-channel", "int4-g32"))["format"] == "mixed-precision"
 
 
 def test_fp8():

@@ -133,6 +133,15 @@ def test_parts_set_aside_are_patterns_and_single_experts_are_never_listed():
     assert entries == sorted(entries)
 
 
+def test_experts_that_stay_are_excluded_under_any_prefix():
+    entries = exclude_list(["model.layers.1.mlp.experts"], ["model.layers.0.mlp.experts"], {})
+    patterns = [entry for entry in entries if entry.startswith("*")]
+    for rule in ALL:
+        for layer, excluded in ((0, True), (1, False), (10, False)):
+            name = f"language_model.model.layers.{layer}.mlp.experts"
+            assert rule(patterns)(name, (name,)) is excluded
+
+
 def test_a_pattern_that_would_hit_something_quantized_gives_way_to_names():
     """A tower in an encoder that is quantized itself."""
     tower = "model.encoder.vision_tower"

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_ckpt.formats import FORMATS, e2m1, fp8_tensor, nvfp4
+from moe_ckpt.fitting import formats_that_fit, tensor_parallel_sizes
+from moe_ckpt.formats import FORMATS, e2m1, find_format, fp8_tensor, nvfp4
 from moe_ckpt.formats.amax import abs_max
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -136,3 +137,18 @@ def test_bits_per_weight():
         "int8-channel": 8,
         "bf16": 16,
     }
+
+
+def test_devices_have_whole_blocks_of_the_experts():
+    sizes = {n: tensor_parallel_sizes(find_format(n), 96) for n in ("nvfp4", "mxfp8", "fp8-tensor")}
+    assert sizes == {"nvfp4": (1, 2), "mxfp8": (1,), "fp8-tensor": (1, 2, 4, 8, 16, 32)}
+
+
+def test_formats_that_fit_are_those_of_all_shapes_and_the_last_one_is_sharded():
+    every = "fp8-channel, fp8-tensor, int8-channel"
+    assert formats_that_fit([(48, 40), (64, 32)]) == (
+        f"--format {every} (tensor parallel 1, 2, 4, 8, 16, 32)"
+    )
+    assert formats_that_fit([(64, 32), (48, 40)]) == (
+        f"--format {every} (tensor parallel 1, 2, 4, 8)"
+    )

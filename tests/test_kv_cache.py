@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from conftest import FIXTURES, read_json
+from conftest import FIXTURES, read_json, write_headers
 from experts import load
 
 import moe_ckpt
@@ -91,6 +91,57 @@ def test_dialects_without_a_scheme_refuse(stats, options, words):
     source = FIXTURES / "qwen3_moe_wide" / "source"
     with pytest.raises(UsageError, match=words):
         moe_ckpt.make_plan(source, stats=[stats], kv_cache="fp8", **options)
+
+
+def scales_of(tmp_path, model_type, linears, covered, amax=896.0):
+    """The scales of a small model with these layers, of which these have statistics."""
+    tensors = {f"{name}.weight": ("BF16", [32, 32]) for name in linears}
+    nemotron = model_type == "nemotron_h"
+    up, experts = ("up_proj", "mixer") if nemotron else ("gate_up_proj", "mlp")
+    experts = f"model.layers.0.{experts}.experts"
+    tensors |= {f"{experts}.{up}": ("BF16", [2, 32 if nemotron else 64, 32])}
+    tensors |= {f"{experts}.down_proj": ("BF16", [2, 32, 32])}
+    config = {"model_type": model_type, "num_hidden_layers": 1, "hidden_size": 32}
+    config |= {"n_routed_experts": 2} if nemotron else {"num_experts": 2}
+    config |= {"moe_intermediate_size": 32}
+    write_headers(tmp_path / "in", {"m.safetensors": tensors}, config)
+    modules = {f"{covered}.{x}_proj": {"input_amax": 1.0, "output_amax": amax} for x in "kv"}
+    top = {"schema": "moe-ckpt/stats", "version": 1, "modules": modules}
+    (tmp_path / "s.json").write_text(json.dumps(top))
+    options = {"stats": [tmp_path / "s.json"], "missing_stats": "constant", "kv_cache": "fp8"}
+    moe_ckpt.convert(tmp_path / "in", tmp_path / "out", **options)
+    found = load(tmp_path / "out")
+    return {name: float(t) for name, t in found.items() if name.endswith(("k_scale", "v_scale"))}
+
+
+def test_only_attention_of_the_model_itself_has_a_kv_cache_of_ours(tmp_path):
+    """Not what stays whole, such as the layer for multi-token prediction; not keys alone."""
+    parents = ("model.layers.0.self_attn", "model.layers.1.self_attn", "mtp.layers.0.self_attn")
+    names = [f"{parent}.{leaf}_proj" for parent in parents for leaf in "qkv"]
+    names += ["model.layers.0.index.k_proj", "model.layers.1.eh_proj"]
+    assert scales_of(tmp_path, "qwen3_moe", names, parents[0]) == {
+        "model.layers.0.self_attn.k_proj.k_scale": 2.0,
+        "model.layers.0.self_attn.v_proj.v_scale": 2.0,
+    }
+
+
+def test_scales_have_the_names_that_loaders_give_to_the_attention(tmp_path):
+    """transformers saves these layers under another prefix than loaders read."""
+    mixer = "model.layers.0.mixer"
+    names = [f"{mixer}.{leaf}_proj" for leaf in "qkv"]
+    assert scales_of(tmp_path, "nemotron_h", names, mixer) == {
+        "backbone.layers.0.mixer.k_proj.k_scale": 2.0,
+        "backbone.layers.0.mixer.v_proj.v_scale": 2.0,
+    }
+    assert "backbone.layers.0.mixer.k_proj.weight" in load(tmp_path / "out")
+
+
+def test_a_scale_is_never_subnormal(tmp_path):
+    """Loaders invert it."""
+    parent = "model.layers.0.self_attn"
+    names = [f"{parent}.{leaf}_proj" for leaf in "qkv"]
+    found = scales_of(tmp_path, "qwen3_moe", names, parent, amax=1e-37)
+    assert list(found.values()) == [2.0**-126] * 2
 
 
 def test_a_model_without_k_and_v_is_refused(stats):

@@ -233,6 +233,15 @@ def test_expressions_hold_under_other_prefixes(assignment, old, new):
         assert {found["vLLM"], found["SGLang"]} == {module.format}, moved
 
 
+@pytest.mark.parametrize("assignment", [a for dialect, a in CASES if dialect == CT])
+def test_all_of_a_part_that_stays_whole_is_left_alone(assignment):
+    """Runtimes build modules there that no tensor of the checkpoint names."""
+    config = quantization(CT, assignment)
+    readers = compressed_readers(config["ignore"], targets_in(config, assignment))
+    for part in assignment.set_aside:
+        assert read(readers, linear(f"{part}.blocks.7.fc1")) == [None] * 4, part
+
+
 def test_the_library_reads_it_as_we_say():
     torch = pytest.importorskip("torch")
     match = pytest.importorskip("compressed_tensors.utils.match")

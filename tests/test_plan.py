@@ -170,6 +170,10 @@ def test_headers_stay_below_what_readers_allow(monkeypatch):
     shards = moe_ckpt.make_plan(SOURCE).shards
     assert len(shards) == 3
     assert all(shard.header_nbytes <= 8000 for shard in shards)
+    monkeypatch.setattr(packing, "HEADER_CAP_NBYTES", 2000)
+    wide = FIXTURES / "qwen3_moe_wide" / "source"
+    shards = moe_ckpt.make_plan(wide, format="int4-g32").shards  # has tensors of shapes
+    assert all(shard.header_nbytes <= 2000 for shard in shards)
 
 
 @pytest.mark.parametrize("latent_last", [True, False])

@@ -9,7 +9,7 @@ import stored_as as S  # noqa: N812
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
-from conftest import FIXTURES, read_files, read_json, read_tensors, run_cli
+from conftest import FIXTURES, read_files, read_json, read_tensors
 from experts import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,14 +23,16 @@ from moe_ckpt.headers import TensorInfo
 from moe_ckpt.schedule import Budget
 from moe_ckpt.weights import weights_of
 
-SIZES = [(128, 128), (192, 320), (320, 192)]
 ATTENTION = "model.layers.0.self_attn"
-EACH = [
-    pytest.param(key, i, h, id=f"{key}-{i}x{h}")
-    for key, (_, _, _, multiple) in S.ENCODINGS.items()
-    for i, h in SIZES
-    if i % multiple == h % multiple == 0
-]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These matrices are too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make(folder, key, i=128, h=128, *, count=2, shards=1, beside=True, step=1, **config):
@@ -58,22 +60,24 @@ def same(found, expected):
         assert torch.equal(bits(found[name]), bits(tensor)), name
 
 
-def refused(tmp_path, tensors, said, *words, i=128, h=128, options=(), **config):
-    """One line, exit code 3, nothing written."""
-    S.save(tmp_path / "in", tensors, said, count=2, i=i, h=h, **config)
-    done = run_cli("convert", tmp_path / "in", tmp_path / "out", "--device", "cpu", *options)
-    assert done.returncode == 3, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
+def refused(tmp_path, tensors, said, *words, **config):
+    """One line, nothing written."""
+    S.save(tmp_path / "in", tensors, said, count=2, i=128, h=128, **config)
+    with pytest.raises(moe_ckpt.CheckpointError) as caught:
+        moe_ckpt.convert(tmp_path / "in", tmp_path / "out", device="cpu")
+    (line,) = caught.value.problems
+    assert "\n" not in line
+    assert all(word in line for word in words), line
     assert not (tmp_path / "out").exists()
 
 
 # Decoding
 
 
-@pytest.mark.parametrize(("key", "i", "h"), EACH)
-def test_every_weight_is_decoded(tmp_path, key, i, h):
-    """Experts, attention and head; codes and scales in different shards."""
+@pytest.mark.parametrize("key", S.ENCODINGS)
+def test_every_weight_is_decoded(tmp_path, key):
+    """Experts, attention and head; codes and scales in different shards; blocks at both edges."""
+    i, h = (192, 320) if 192 % S.ENCODINGS[key][3] == 0 else (128, 256)
     _, decoded = make(tmp_path, key, i, h, shards=3)
     done = moe_ckpt.convert(tmp_path / "in", tmp_path / "out", format="bf16", device="cpu")
     same(load(tmp_path / "out"), {name: w.bfloat16() for name, w in decoded.items()})
@@ -84,6 +88,7 @@ def test_every_weight_is_decoded(tmp_path, key, i, h):
 FUSED = [
     *((S.fp8_block, {"dtype": dtype}, S.FP8) for dtype in ("F32", "BF16", "F16", "F8_E8M0")),
     (S.fp8_tensor, {"dims": None}, S.CT_TENSOR),
+    (S.fp8_tensor, {"dims": 3}, S.CT_TENSOR),
     (S.fp8_channel, {}, S.CT_CHANNEL),
     (S.fp8_channel, {"dims": 1}, S.CT_CHANNEL),
     (S.mxfp8, {"ending": "_scale_inv"}, S.MXFP8),
@@ -91,15 +96,13 @@ FUSED = [
 ]
 
 
-@pytest.mark.parametrize(("i", "h"), SIZES)
 @pytest.mark.parametrize(("encode", "options", "said"), FUSED)
-def test_fused_experts_are_decoded(tmp_path, encode, options, said, i, h):
+def test_fused_experts_are_decoded(tmp_path, encode, options, said):
     """Blocks may cover rows of gate and of up."""
+    i, h = 192, 320
     tensors, decoded = S.fused(encode, 3, i, h, **options)
     S.save(tmp_path / "in", tensors, said, count=3, i=i, h=h, shards=2)
-    moe_ckpt.convert(
-        tmp_path / "in", tmp_path / "out", format="bf16", layout="fused" if 2 * i == h else None
-    )
+    moe_ckpt.convert(tmp_path / "in", tmp_path / "out", format="bf16")
     same(load(tmp_path / "out"), {name: w.bfloat16() for name, w in decoded.items()})
 
 
@@ -507,12 +510,8 @@ def test_blocks_that_nvfp4_cannot_hold_are_counted(tmp_path, as_, budget):
 def test_gate_and_up_with_different_scales_are_refused_by_name(tmp_path):
     tensors, _ = make(tmp_path / "x", "nvfp4-modelopt", beside=False)
     tensors[f"{S.QWEN}.0.up_proj.weight_scale_2"] *= 2
-    S.save(tmp_path / "in", tensors, S.MODELOPT, count=2, i=128, h=128)
-    done = run_cli("convert", tmp_path / "in", tmp_path / "out", "--format", "nvfp4")
-    assert done.returncode == 3
-    assert f"{S.QWEN}.0.gate_proj.weight and {S.QWEN}.0.up_proj.weight: have different" in (
-        done.stderr
-    )
+    words = f"{S.QWEN}.0.gate_proj.weight and {S.QWEN}.0.up_proj.weight: have different"
+    refused(tmp_path, tensors, S.MODELOPT, words)
     moe_ckpt.convert(tmp_path / "in", tmp_path / "bf16", format="bf16")
 
 
@@ -558,14 +557,24 @@ def find_same(key):
     return next((kind for kind in kinds if key.startswith(kind)), "int8-channel")
 
 
+@pytest.mark.parametrize("budget", CUTS)
 @pytest.mark.parametrize("target", ["bf16", "fp8-block", "nvfp4"])
-def test_codes_that_are_nan_are_refused(tmp_path, target):
-    tensors, _ = make(tmp_path / "x", "fp8-block-F32", beside=False)
+def test_codes_and_scales_that_are_nan_are_named_where_they_lie(tmp_path, target, budget):
+    """By their rows in the tensor that holds them, whatever piece of it was read."""
+    tensors, _ = make(tmp_path / "x", "fp8-block-F32", 256, 128, beside=False)
     name = f"{S.QWEN}.1.up_proj.weight"
-    tensors[name].view(torch.uint8)[3, 4] = 0xFF
-    S.save(tmp_path / "in", tensors, S.FP8, count=2, i=128, h=128)
-    with pytest.raises(moe_ckpt.CheckpointError, match="weight is nan at row 3, column 4"):
-        moe_ckpt.convert(tmp_path / "in", tmp_path / "out", format=target)
+    changes = {
+        "weight is nan at row 131, column 4;": (name, 131, 4),
+        "block_scale is nan at row 1, column 0;": (f"{name}_scale_inv", 1, 0),
+    }
+    for number, (words, (key, row, column)) in enumerate(changes.items()):
+        changed = tensors | {key: tensors[key].clone()}
+        changed[key][row, column] = torch.nan
+        S.save(tmp_path / f"in{number}", changed, S.FP8, count=2, i=256, h=128)
+        plan = moe_ckpt.make_plan(tmp_path / f"in{number}", format=target)
+        with pytest.raises(moe_ckpt.CheckpointError, match=words) as caught:
+            execute(plan, tmp_path / "out", device=torch.device("cpu"), budget=budget)
+        assert name in str(caught.value)
 
 
 # What stays
@@ -705,13 +714,130 @@ def test_scales_of_the_kv_cache_pass_through(tmp_path, dialect):
     assert (scheme["num_bits"], scheme["type"], scheme["dynamic"]) == (8, "float", False)
 
 
-def test_another_kv_cache_is_not_taken_for_fp8(tmp_path):
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"num_bits": 4},
+        {"type": "int"},
+        {"dynamic": True},
+        {"symmetric": False},
+        {"strategy": "channel"},
+    ],
+)
+def test_another_kv_cache_is_not_taken_for_fp8(tmp_path, other):
     tensors, _ = make(tmp_path / "x", "nvfp4-modelopt", beside=False)
-    said = S.MODELOPT | {"kv_cache_scheme": {"num_bits": 4, "type": "float", "dynamic": False}}
+    number = {"num_bits": 8, "type": "float", "dynamic": False}
+    said = S.MODELOPT | {"kv_cache_scheme": number | other}
     S.save(tmp_path / "in", tensors, said, count=2, i=128, h=128)
     plan = moe_ckpt.make_plan(tmp_path / "in", format="nvfp4")
     assert any("KV cache scheme" in warning for warning in plan.warnings)
     assert "kv_cache_scheme" not in plan.files["config.json"]
+
+
+def test_either_file_may_say_what_the_kv_cache_is(tmp_path):
+    make(tmp_path, "nvfp4-modelopt", beside=False)
+    said = {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}
+    (tmp_path / "in" / "hf_quant_config.json").write_text(json.dumps(said))
+    plan = moe_ckpt.make_plan(tmp_path / "in", format="nvfp4")
+    assert "kv_cache_scheme" in plan.files["config.json"]
+
+
+def test_weights_only_nvfp4_stays_weights_only(tmp_path):
+    tensors, _ = make(tmp_path, "nvfp4-w4a16")
+    moe_ckpt.convert(tmp_path / "in", tmp_path / "out", format="nvfp4-w4a16")
+    found = load(tmp_path / "out")
+    kept = {name: tensor for name, tensor in tensors.items() if "lm_head" not in name}
+    assert found.keys() == kept.keys() | {"lm_head.weight"}
+    assert all(torch.equal(bits(found[name]), bits(tensor)) for name, tensor in kept.items())
+
+
+def test_columns_that_the_format_cannot_have_are_decoded(tmp_path):
+    """What stays in its form must be what the format is said to be: whole blocks of columns."""
+    _, decoded = make(tmp_path, "fp8-block-BF16", 192, 320)
+    options = {"format": "nvfp4", "dialect": "compressed-tensors"}
+    moe_ckpt.convert(tmp_path / "in", tmp_path / "out", **options)
+    name = f"{ATTENTION}.o_proj.weight"
+    assert torch.equal(load(tmp_path / "out")[name], decoded[name].bfloat16())
+
+
+def test_kept_experts_in_two_formats_are_decoded(tmp_path):
+    """The experts of a layer are one module: they cannot stay int8 here and fp8 there."""
+    tensors, decoded = S.experts(S.int8, 2, 128, 128)
+    down, values = S.experts(S.fp8_channel, 2, 128, 128)
+    tensors = {k: t for k, t in tensors.items() if "down_proj" not in k}
+    tensors |= {k: t for k, t in down.items() if "down_proj" in k}
+    decoded |= {k: t for k, t in values.items() if "down_proj" in k}
+    linear = torch.arange(128 * 128).view(128, 128).bfloat16()
+    tensors[f"{ATTENTION}.o_proj.weight"] = linear
+    S.save(tmp_path / "in", tensors, {"quant_method": "compressed-tensors"}, count=2, i=128, h=128)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[[rule]]\nmatch = "*.o_proj"\nformat = "fp8-channel"\n')
+    moe_ckpt.convert(tmp_path / "in", tmp_path / "out", recipe=recipe)
+    found = load(tmp_path / "out")
+    assert all(torch.equal(found[name], w.bfloat16()) for name, w in decoded.items())
+
+
+def test_what_the_dialect_cannot_mix_is_decoded(tmp_path):
+    """SGLang takes ModelOpt's mixes without NVFP4 for something else."""
+    _, decoded = make(tmp_path, "fp8-tensor-0d")
+    moe_ckpt.convert(tmp_path / "in", tmp_path / "out", format="mxfp8", dialect="modelopt")
+    name = f"{ATTENTION}.o_proj.weight"
+    assert torch.equal(load(tmp_path / "out")[name], decoded[name].bfloat16())
+
+
+def stats_of(tmp_path, amax):
+    """Statistics of the experts, one amax for all of them."""
+    entries = {f"{S.QWEN}.{e}.{p}": {"input_amax": amax} for e in range(2) for p in S.PROJECTIONS}
+    path = tmp_path / "stats.json"
+    path.write_text(json.dumps({"schema": "moe-ckpt/stats", "version": 1, "modules": entries}))
+    return [path]
+
+
+def input_scales(folder):
+    return {float(t) for t in only(load(folder), "input_scale").values()}
+
+
+def test_statistics_come_before_the_input_scales_of_the_source(tmp_path):
+    make(tmp_path, "nvfp4-modelopt", beside=False)
+    moe_ckpt.convert(tmp_path / "in", tmp_path / "kept", format="nvfp4")
+    assert input_scales(tmp_path / "kept") == {0.25}
+    stats = stats_of(tmp_path, 2688.0 * 4)
+    moe_ckpt.convert(tmp_path / "in", tmp_path / "new", format="nvfp4", stats=stats)
+    assert input_scales(tmp_path / "new") == {4.0}
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_input_scales_have_any_float_type(tmp_path, dtype):
+    """vLLM loads them into float32, and llm-compressor saves them in the type of the model."""
+    encode = {"encode": S.fp8_tensor, "inputs": 0.375, "input_dtype": dtype, "dims": 1}
+    tensors, _ = S.experts(count=2, i=32, h=32, **encode)
+    S.save(tmp_path / "in", tensors, S.CT_TENSOR, count=2, i=32, h=32)
+    moe_ckpt.convert(tmp_path / "in", tmp_path / "out", format="fp8-tensor")
+    found = only(load(tmp_path / "out"), "input_scale")
+    assert {(t.dtype, float(t)) for t in found.values()} == {(torch.float32, 0.375)}
+
+
+def test_two_input_scales_are_none(tmp_path):
+    tensors, _ = make(tmp_path / "x", "fp8-tensor-0d", beside=False)
+    tensors |= {k: torch.ones(2).bfloat16() for k in tensors if k.endswith("input_scale")}
+    S.save(tmp_path / "in", tensors, S.MODELOPT, count=2, i=128, h=128)
+    with pytest.raises(moe_ckpt.UsageError, match="needs --stats"):
+        moe_ckpt.make_plan(tmp_path / "in", format="fp8-tensor")
+
+
+def test_input_scales_of_another_format_are_not_taken_over(tmp_path):
+    """They are amax / 448 for FP8, and amax / 2688 for NVFP4."""
+    make(tmp_path, "fp8-tensor-0d", beside=False)
+    moe_ckpt.convert(tmp_path / "in", tmp_path / "out", format="nvfp4")
+    assert input_scales(tmp_path / "out") == {1.0}
+
+
+def test_input_scales_of_another_format_do_not_stand_in_for_statistics(tmp_path):
+    tensors, _ = make(tmp_path / "x", "nvfp4-modelopt", beside=False)
+    more, _ = S.linear(S.fp8_tensor, f"{ATTENTION}.o_proj", 128, 128, inputs=0.5)
+    S.save(tmp_path / "in", tensors | more, S.MODELOPT, count=2, i=128, h=128)
+    with pytest.raises(moe_ckpt.FormatError, match="experts gate_proj/up_proj: has no input scale"):
+        moe_ckpt.make_plan(tmp_path / "in", format="fp8-tensor", quantize="linear")
 
 
 # Refusals
@@ -735,8 +861,16 @@ def without(tensors, *endings):
         ("nvfp4-modelopt", lambda t: without(t, "_scale_2"), ["_scale F8_E4M3 [128, 8]"]),
         ("nvfp4-modelopt", lambda t: without(t, "weight_scale"), ["_scale_2 F32 []"]),
         ("nvfp4-ct", lambda t: without(t, "weight_packed"), ["belongs to no quantized weight"]),
-        ("int4-g32", lambda t: t | {f"{UP}_zero_point": ONES.int()}, ["zero_point"]),
-        ("int4-g32", lambda t: t | {f"{UP}_g_idx": torch.arange(128)}, ["g_idx"]),
+        (
+            "int4-g32",
+            lambda t: t | {f"{UP}_zero_point": ONES.int()},
+            ["zero_point: only"],
+        ),
+        (
+            "int4-g32",
+            lambda t: t | {f"{UP}_g_idx": torch.arange(128)},
+            ["g_idx: only sym"],
+        ),
         ("int4-g32", lambda t: t | {UP: ONES.bfloat16()}, ["is stored twice"]),
         ("mxfp4-ct", lambda t: without(t, "_scale"), ["no scale beside it"]),
         ("mxfp8-ct", lambda t: t | {f"{UP}_scale": ONES.expand(128, 4).float()}, ["F32 [128, 4]"]),
@@ -748,10 +882,30 @@ def test_incomplete_weights_are_refused(tmp_path, key, change, words):
     refused(tmp_path, change(tensors), S.ENCODINGS[key][2], UP, *words)
 
 
+@pytest.mark.parametrize(
+    "ending",
+    [f".weight_{e}" for e in ("scale_inv", "scale", "scale_2", "global_scale", "packed", "shape")]
+    + [f".weight_{e}" for e in ("zero_point", "g_idx")]
+    + [f"_proj_{e}" for e in ("scale_inv", "blocks", "scales")],
+)
+def test_what_is_beside_no_weight_is_refused(tmp_path, ending):
+    tensors, _ = make(tmp_path / "x", "int4-g32", beside=False)
+    name = f"{ATTENTION}.q{ending}"
+    words = [name, "belongs to no quantized weight"]
+    refused(tmp_path, tensors | {name: torch.ones(4, 4)}, S.ct_int4(32), *words)
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "quark", "auto-round", None, 3])
 def test_other_methods_are_refused(tmp_path, method):
     tensors, _ = make(tmp_path / "x", "fp8-block-F32", beside=False)
     refused(tmp_path, tensors, {"quant_method": method}, str(method), "quantization_config")
+
+
+def test_what_a_part_of_the_config_says_counts(tmp_path):
+    tensors, _ = make(tmp_path / "x", "fp8-block-F32", beside=False)
+    text = {"quantization_config": {"quant_method": "awq"}}
+    words = ["config.json: text_config.quantization_config: quant_method 'awq'"]
+    refused(tmp_path, tensors, None, *words, text_config=text)
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,10 @@ def test_two_widths_in_one_layer(tmp_path):
         (E, E, 16),
     ] * LAYERS
     assert "model.layers.0.mlp.text_experts_gate" in plan.files["config.json"]
+    recipe = tmp_path / "recipe.toml"
+    rules = [f'[[rule]]\nmatch = "*.experts.[{n}].*"\nformat = "nvfp4"\n' for n in ("0-2", "3-5")]
+    recipe.write_text("\n".join(rules))
+    assert moe_ckpt.make_plan(tmp_path / "in", recipe=recipe).formats == plan.formats
 
 
 @pytest.mark.parametrize(
@@ -211,6 +215,26 @@ def test_inkling_may_leave_open_how_gate_and_up_lie(tmp_path, level, said, order
         for e, projections in enumerate(experts)
     }
     check(tmp_path / "out", expected_parts(matrices, "nvfp4"))
+
+
+@pytest.mark.parametrize("row", [0, 31])
+@pytest.mark.parametrize("budget", [None, CUT[1], CUT[3]])
+@pytest.mark.parametrize("number_format", ["nvfp4", "fp8-channel", "bf16"])
+def test_a_weight_that_is_not_finite_is_named_in_every_piece(tmp_path, number_format, budget, row):
+    """Also if nothing is quantized: gate and up are read as one slab of two tensors."""
+    prefix = "model.layers.0.mlp.experts"
+    tensors = {
+        f"{prefix}.{e}.{name}.weight": matrix
+        for e, matrices in enumerate(matrices_of(E, 32, 48))
+        for name, matrix in zip(("gate_proj", "up_proj", "down_proj"), matrices, strict=True)
+    }
+    name = f"{prefix}.2.up_proj.weight"
+    tensors[name][row, 7] = float("inf")
+    write(tmp_path / "in", tensors, config_of("qwen3_moe", E, 32, 48, 1))
+    plan = moe_ckpt.make_plan(tmp_path / "in", format=number_format)
+    with pytest.raises(moe_ckpt.CheckpointError) as caught:
+        execute(plan, tmp_path / "out", device=torch.device("cpu"), budget=budget)
+    assert f"{name}: weight is inf at row {row}, column 7;" in str(caught.value)
 
 
 @pytest.mark.parametrize("where", [(0, 1, 5), (2, 40, 90), (1, 0, 0)])
