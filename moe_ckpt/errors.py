@@ -151,8 +151,14 @@ class Problems:
 
 
 def show(name: object) -> str:
-    """A name from a file, safe to print: control characters escaped, at most 200 characters."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+    r"""A name from a file, safe to print: control characters escaped, at most 200 characters.
+
+    >>> show("a\tb")
+    'a\\tb'
+    """
+    text = str(name)
+    if not text.isprintable():  # nearly all are, and there are many
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= _SHOWN_LENGTH else text[: _SHOWN_LENGTH - 3] + "..."
 
 
