@@ -60,7 +60,7 @@ def make_plan(in_dir: str | os.PathLike[str], **options: Unpack[PlanOptions]) ->
     problems.check()
     assert detection is not None
     assert amax is not None
-    form = form_of_experts(detection, asked.experts, recipe.formats)
+    form = form_of_experts(detection, asked.experts, recipe.formats, dialect)
     planner = _Planner(source, weights, detection, recipe, dialect, form, asked)
     return planner.plan(stats, amax)
 
