@@ -177,7 +177,7 @@ class _Planner:
         units: list[tuple[str, Unit]] = []
         for found, name in zip(detection.experts, assigned.experts, strict=True):
             target = find_format(name)
-            is_fused = self.form == "fused" and name != PLAIN
+            is_fused = self.form == "fused"
             made = (make.of_fused_experts if is_fused else make.of_experts)(found, target)
             units += ((found.gate_up[0], unit) for unit in made)
         for group, name in choice.linears:
