@@ -74,10 +74,19 @@ def read_amax(file: str | os.PathLike[str], source: Source) -> dict[str, float]:
     if not isinstance(modules, dict):
         raise AmaxError(f"{name}: modules must be an object, found {type_name(modules)}")
     for module, amax in modules.items():
-        right = isinstance(amax, float | int) and not isinstance(amax, bool) and amax >= 0
-        if not right or struct.unpack("f", struct.pack("f", amax))[0] != amax:
+        if not _is_magnitude(amax):
             raise AmaxError(
                 f'{name}: modules["{show(module)}"]: is {show(amax)}; expected a float32 '
                 "magnitude; run `moe-ckpt scan` again"
             )
     return {module: float(amax) for module, amax in modules.items()}
+
+
+def _is_magnitude(value: object) -> bool:
+    """Whether a JSON value is a number that is not negative and that float32 holds exactly."""
+    if not isinstance(value, float | int) or isinstance(value, bool):
+        return False
+    try:
+        return value >= 0 and struct.unpack("f", struct.pack("f", value))[0] == value
+    except (OverflowError, struct.error):  # an integer that no float holds
+        return False

@@ -129,15 +129,17 @@ def _find_shards(root: Path) -> tuple[dict[str, str], list[str]]:
             f"{type_name(weight_map)}"
         )
     problems = Problems()
+    names = {shard for shard in weight_map.values() if isinstance(shard, str)}
+    safe = {name for name in names if _safe_shard_name(name)}
     for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or not _safe_shard_name(shard):
+        if not isinstance(shard, str) or shard not in safe:
             problems.add(
                 CheckpointError,
                 f'{INDEX}: weight_map["{show(tensor)}"] is {show(shard)!r}; expected the plain '
                 "name of a .safetensors file in the same folder",
             )
     problems.check()
-    strays = _shards_in(root) - set(weight_map.values())
+    strays = _shards_in(root) - names
     if SINGLE in strays:
         raise CheckpointError(
             f"{SINGLE}: stands beside {INDEX}, which does not name it; loaders disagree on which "

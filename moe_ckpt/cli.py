@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 _SHOWN_PROBLEMS = 20
 
 
-def _named(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+def _named(_context: click.Context, _parameter: click.Parameter, value: Any) -> Any:
     """Refuse an empty path: it would mean the current folder, and is a variable that is not set."""
-    if not value:
+    if value == "" or (isinstance(value, tuple) and "" in value):
         raise click.BadParameter("is empty")
     return value
 
@@ -77,6 +77,7 @@ def cli() -> None:
     "--stats",
     multiple=True,
     metavar="FILE",
+    callback=_named,
     help="Activation statistics; may be given more than once, the maximum counts.",
 )
 @click.option(
@@ -92,6 +93,7 @@ def cli() -> None:
 @click.option(
     "--recipe",
     metavar="FILE",
+    callback=_named,
     help="TOML that says which modules become which format, instead of the two above.",
 )
 @click.option(
@@ -106,7 +108,10 @@ def cli() -> None:
     help="fp8: write scales for an FP8 KV cache, from output_amax in the statistics.",
 )
 @click.option(
-    "--weight-amax", metavar="FILE", help="What `moe-ckpt scan` found in IN; saves a pass over it."
+    "--weight-amax",
+    metavar="FILE",
+    callback=_named,
+    help="What `moe-ckpt scan` found in IN; saves a pass over it.",
 )
 @click.option(
     "--allow-requantize",

@@ -68,8 +68,8 @@ class Encoding:
         self, codes: TensorInfo, stem: str, tensors: Mapping[str, TensorInfo]
     ) -> tuple[TensorInfo, ...] | None:
         """The tensors beside these codes, in the order of ``scales``; None if they do not fit."""
-        sizes = self.sizes(codes)
-        if codes.dtype != self.dtype or sizes is None:
+        sizes = self.sizes(codes) if codes.dtype == self.dtype else None
+        if sizes is None:
             return None
         lead, n, k = sizes
         found = []

@@ -15,12 +15,26 @@ from .modules import is_matrix, module_of, set_aside
 from .packing import ConstantUnit, Unit
 from .plan import OutTensor
 
-__all__ = ["KV_SCALES", "kv_cache_units"]
+__all__ = ["KV_SCALES", "kv_cache_units", "scale_name"]
 
 KV_SCALES = (".k_scale", ".v_scale")
 
 _E4M3_MAX = 448.0
 _SMALLEST_NORMAL = 2.0**-126
+
+
+def scale_name(name: str, dialect: Dialect) -> str:
+    """What the dialect calls a scale of the source's KV cache; other tensors keep their name.
+
+    >>> from .dialects import find_dialect
+    >>> scale_name("model.layers.0.self_attn.k_scale", find_dialect("modelopt"))
+    'model.layers.0.self_attn.k_proj.k_scale'
+    """
+    if dialect.kv_scales is None or not name.endswith(KV_SCALES):
+        return name
+    attention, _, leaf = name.rpartition(".")
+    projection, suffix = f".{leaf[0]}_proj", dialect.kv_scales["kv".index(leaf[0])]
+    return f"{attention.removesuffix(projection)}.{suffix}"
 
 
 def kv_cache_units(

@@ -28,7 +28,9 @@ def split_loaders(family: Family, model_type: str) -> tuple[str, ...]:
     return (*family.loaders, *([TRTLLM] if model_type in _IN_TENSORRT_LLM else []))
 
 
-def form_of_experts(detection: Detection, wanted: str, formats: Sequence[str]) -> str:
+def form_of_experts(
+    detection: Detection, wanted: str, formats: Sequence[str], dialect: Dialect
+) -> str:
     """The form of experts, split or fused, for ``wanted`` as in `EXPERTS`, in these formats.
 
     "auto" is what most runtimes read, split if both are read by as many.
@@ -38,10 +40,16 @@ def form_of_experts(detection: Detection, wanted: str, formats: Sequence[str]) -
     """
     family, model_type = detection.family, show(detection.model_type)
     form = wanted
+    if wanted == "fused" and not dialect.stacks:
+        raise LayoutError(
+            f"--experts fused: dialect {dialect.name} has no names for experts in one tensor; "
+            "choose --dialect modelopt, or say --experts split"
+        )
     if wanted == "auto":
-        fused = max((len(family.fused_loaders.get(name, ())) for name in formats), default=0)
+        known_fused = family.fused_loaders if dialect.stacks else {}
+        fused = max((len(known_fused.get(name, ())) for name in formats), default=0)
         split = len(split_loaders(family, detection.model_type))
-        known = all(name in family.fused_loaders for name in formats)
+        known = all(name in known_fused for name in formats)
         form = "fused" if fused > split or (known and not split) else "split"
         if form == "split" and not split and family.instead:
             raise LayoutError(

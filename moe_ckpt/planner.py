@@ -21,7 +21,7 @@ from .choice import Choice, choose, output_name
 from .dialects import Dialect, dialect_for
 from .errors import LayoutError, Problems, UsageError, show, show_some
 from .formats import find_format
-from .kv_cache import KV_SCALES, kv_cache_units
+from .kv_cache import KV_SCALES, kv_cache_units, scale_name
 from .layouts import Detection, Given, detect
 from .loaders import form_of_experts, loader_warnings, loaders_of
 from .options import Options, PlanOptions, parse_size
@@ -60,7 +60,7 @@ def make_plan(in_dir: str | os.PathLike[str], **options: Unpack[PlanOptions]) ->
     problems.check()
     assert detection is not None
     assert amax is not None
-    form = form_of_experts(detection, asked.experts, recipe.formats)
+    form = form_of_experts(detection, asked.experts, recipe.formats, dialect)
     planner = _Planner(source, weights, detection, recipe, dialect, form, asked)
     return planner.plan(stats, amax)
 
@@ -190,7 +190,7 @@ class _Planner:
                 target = find_format(assigned.stays[name])
                 units += ((name, unit) for unit in make.of_stay(name, target))
             else:
-                new = output_name(detection, name)
+                new = scale_name(output_name(detection, name), self.dialect)
                 units.append((name, make.of_copy(tensors[name], new, reason)))
         return units
 

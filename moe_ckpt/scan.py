@@ -59,10 +59,7 @@ def scan(
         EnvironmentFaultError: disk, memory or GPU failed.
     """
     path = Path(out_file)
-    if path.exists() and not overwrite:
-        raise OutputRefusedError(f"{show(path)}: is there already; pass --overwrite to replace it")
-    if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(in_dir)):
-        raise OutputRefusedError(f"{show(path)}: lies in the input; choose another place")
+    _check_out_file(path, Path(in_dir), overwrite=overwrite)
     source = open_source(in_dir)
     weights = weights_of(source)
     found = detect(weights.tensors, source.config, Given(layout, gate_up_order))
@@ -97,6 +94,20 @@ def scan(
         finally:
             partial_file.unlink(missing_ok=True)
     return len(modules)
+
+
+def _check_out_file(path: Path, in_dir: Path, *, overwrite: bool) -> None:
+    """Refuse what would be found out only after everything was read, and what is not a file."""
+    with environment_faults():
+        there = path.exists()
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise OutputRefusedError(f"{show(path)}: no file can be written there")
+    if there and not path.is_file():
+        raise OutputRefusedError(f"{show(path)}: is not a regular file; choose another place")
+    if there and not overwrite:
+        raise OutputRefusedError(f"{show(path)}: is there already; pass --overwrite to replace it")
+    if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(in_dir)):
+        raise OutputRefusedError(f"{show(path)}: lies in the input; choose another place")
 
 
 def _amax(worker: Worker, batch: Batch) -> tuple[Batch, list[float]]:

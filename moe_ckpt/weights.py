@@ -241,7 +241,7 @@ def _why_not(info: TensorInfo, stem: str, tensors: Mapping[str, TensorInfo]) -> 
     for ending in ("_zero_point", "_g_idx"):
         if f"{stem}{ending}" in tensors:
             return f"{what} has {ending[1:]}: only symmetric groups in order can be read"
-    endings = sorted({s.ending for e in ENCODINGS for s in e.scales})
+    endings = sorted({s.ending for e in ENCODINGS for s in e.scales} | {"_weight_scale"})
     beside = [tensors[f"{stem}{e}"] for e in endings if f"{stem}{e}" in tensors]
     if not beside:
         return f"{what} has no scale beside it"

@@ -122,6 +122,9 @@ def test_inspect_reads_no_weights(tmp_path):
         (("inspect", "OUT"), 3, "is not a folder"),
         (("convert", "IN", ""), 2, "is empty"),
         (("inspect", ""), 2, "is empty"),
+        (("convert", "IN", "OUT", "--weight-amax", ""), 2, "is empty"),
+        (("convert", "IN", "OUT", "--recipe", ""), 2, "is empty"),
+        (("convert", "IN", "OUT", "--stats", ""), 2, "is empty"),
         (("inspect", "x" * 300), 3, "is not a folder"),
     ],
 )

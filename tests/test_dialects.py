@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from conftest import FIXTURES
 from recipes import all_linears, experts_only, mixed
 
+import moe_ckpt
 from moe_ckpt.dialects import (
     DIALECTS,
     Assignment,
@@ -339,3 +341,20 @@ def test_transformers_parses_fp8():
     found = transformers.FineGrainedFP8Config.from_dict(config)
     assert found.weight_block_size == (128, 128) or found.weight_block_size == [128, 128]
     assert found.modules_to_not_convert == config["modules_to_not_convert"]
+
+
+@pytest.mark.parametrize(
+    ("model", "experts", "words"),
+    [
+        ("llama4", "fused", "no names for experts in one tensor; choose --dialect modelopt"),
+        ("gpt_oss", "fused", "no names for experts in one tensor; choose --dialect modelopt"),
+        ("gpt_oss", "auto", "say --experts split"),
+    ],
+)
+def test_experts_in_one_tensor_are_modelopts(model, experts, words):
+    source = FIXTURES / model / "source"
+    with pytest.raises(LayoutError, match=words):
+        moe_ckpt.make_plan(source, dialect="compressed-tensors", experts=experts)
+    split = moe_ckpt.make_plan(source, dialect="compressed-tensors", experts="split")
+    assert split.experts_as == "split"
+    assert moe_ckpt.make_plan(source, experts="fused").experts_as == "fused"

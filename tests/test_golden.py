@@ -224,3 +224,11 @@ def ordinal(data: bytes) -> np.ndarray:
 def squared_error(tensor, scale, source) -> float:
     codes = torch.frombuffer(bytearray(tensor.data), dtype=torch.float8_e4m3fn)
     return float(((codes.view(tensor.shape).float() * scale - source) ** 2).double().sum())
+
+
+def test_fused_experts_of_bf16_stay_as_they_are(tmp_path):
+    """For gpt-oss that is what runtimes read; none reads it one by one."""
+    source = FIXTURES / "gpt_oss" / "source"
+    plan = moe_ckpt.convert(source, tmp_path / "out", format="bf16").plan
+    assert "vLLM" in plan.loaders
+    assert read_tensors(tmp_path / "out") == read_tensors(source)

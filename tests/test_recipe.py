@@ -123,6 +123,7 @@ def test_quantize_is_a_recipe(tmp_path, quantize):
     ("text", "words"),
     [
         ("[[rule", ["is not TOML"]),
+        (f"rule = {'9' * 5000}", ["is not TOML", "4300 digits"]),
         ("", ["has no [[rule]]"]),
         ("rule = 3", ["has no [[rule]]"]),
         ("[[rule]]\nmatch = 'x'", ["rule 1: must have match and format", "found match"]),

@@ -98,6 +98,7 @@ def test_a_file_of_another_checkpoint_is_refused(tmp_path, model, amax):
         ({"modules": {"m": -1}}, 'modules."m".: is -1'),
         ({"modules": {"m": True}}, "is True"),
         ({"modules": {"m": 1e300}}, "expected a float32"),
+        ({"modules": {"m": 10**400}}, "expected a float32"),
         ({"modules": {"m": 0.1}}, "expected a float32"),
         ({"modules": {"m": None}}, "is None"),
     ],
@@ -115,7 +116,13 @@ def test_where_the_file_may_not_be_written(tmp_path, model, amax):
     done = run_cli("scan", model, "-o", model / "amax.json")
     assert (done.returncode, "lies in the input" in done.stderr) == (4, True)
     done = run_cli("scan", model, "-o", tmp_path / "nowhere" / "amax.json")
-    assert done.returncode == 5, done.stderr
+    assert done.returncode == 4, done.stderr
+    done = run_cli("scan", model, "-o", tmp_path / ("x" * 300))
+    assert (done.returncode, "File name too long" in done.stderr) == (5, True)
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null is: it must not become a file
+    done = run_cli("scan", model, "-o", tmp_path / "pipe", "--overwrite")
+    assert (done.returncode, "is not a regular file" in done.stderr) == (4, True)
+    assert (tmp_path / "pipe").is_fifo()
     assert not (model / "amax.json").exists()
 
 

@@ -490,6 +490,19 @@ def test_fused_mxfp4_becomes_the_model_before_it_was_quantized(tmp_path, i, h, s
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
+def test_fused_mxfp4_becomes_the_fused_bf16_that_runtimes_read(tmp_path, budget):
+    _tensors, decoded = gpt_oss(tmp_path, 64, 96, step=4)
+    plan = moe_ckpt.make_plan(tmp_path / "in", format="bf16")
+    execute(plan, tmp_path / "out", device=torch.device("cpu"), budget=budget)
+    found = load(tmp_path / "out")
+    for e in range(3):
+        gate_up, down = (found[f"{S.QWEN}.{n}"][e].T for n in ("gate_up_proj", "down_proj"))
+        parts = {"gate_proj": gate_up[::2], "up_proj": gate_up[1::2], "down_proj": down}
+        for name, part in parts.items():
+            assert torch.equal(part.float(), decoded[f"{S.QWEN}.{e}.{name}.weight"])
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("as_", ["split", "fused"])
 def test_blocks_that_nvfp4_cannot_hold_are_counted(tmp_path, as_, budget):
     """E4M3 has powers of two from 2**-9 to 2**8; three more can be held by smaller codes."""

@@ -62,6 +62,7 @@ class Dialect:
 
     ``spellings``: format -> how it is written. ``refused``: format -> why it is not written so.
     ``scalar_shape``: shape of a part that is one number, () or (1,).
+    ``stacks``: whether it has names for all experts of a layer in one tensor.
     ``mixes``: whether several formats may stand in one checkpoint.
     ``refused_mix``: why these formats may not stand in one checkpoint, '' if they may.
     ``kv_scales``: names of the scales of the KV cache, below the attention module, for k and v;
@@ -77,6 +78,7 @@ class Dialect:
     config_files: Callable[[Mapping[str, Any], Assignment], dict[str, str]]
     refused: Mapping[str, str] = field(default_factory=dict)
     scalar_shape: tuple[int, ...] = ()
+    stacks: bool = False
     mixes: bool = False
     refused_mix: Callable[[Sequence[str]], str] = lambda _formats: ""
     kv_scales: tuple[str, str] | None = None

@@ -192,6 +192,7 @@ DIALECT = Dialect(
         "mxfp4": _UNKNOWN,
         **dict.fromkeys(("int4-g128", "int4-g64", "int4-g32", "int8-channel"), _UNKNOWN),
     },
+    stacks=True,
     mixes=True,
     refused_mix=refused_mix,
     kv_scales=("k_proj.k_scale", "v_proj.v_scale"),

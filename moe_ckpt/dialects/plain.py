@@ -24,4 +24,5 @@ DIALECT = Dialect(
         UNQUANTIZED: Spelling({"qweight": "weight"}, (VLLM, SGLANG, TRTLLM, TRANSFORMERS)),
     },
     config_files=config_files,
+    stacks=True,
 )
