@@ -722,7 +722,10 @@ def test_scales_of_the_kv_cache_pass_through(tmp_path, dialect):
     S.save(tmp_path / "in", tensors | scales, said, count=2, i=128, h=128)
     moe_ckpt.convert(tmp_path / "in", tmp_path / "out", format="nvfp4", dialect=dialect)
     found = load(tmp_path / "out")
+    if dialect == "compressed-tensors":  # it has them at the attention itself
+        scales = {f"{ATTENTION}.{n}_scale": torch.tensor(0.25) for n in "kv"}
     assert all(torch.equal(found[name], tensor) for name, tensor in scales.items())
+    assert {name for name in found if name.endswith(("k_scale", "v_scale"))} == set(scales)
     scheme = read_json(tmp_path / "out" / "config.json")["quantization_config"]["kv_cache_scheme"]
     assert (scheme["num_bits"], scheme["type"], scheme["dynamic"]) == (8, "float", False)
 
