@@ -106,6 +106,15 @@ def test_fused_experts_are_decoded(tmp_path, encode, options, said):
     same(load(tmp_path / "out"), {name: w.bfloat16() for name, w in decoded.items()})
 
 
+@pytest.mark.parametrize("budget", [(20000, 5000), (1 << 20, 5000), (60000, 1 << 14)])
+def test_blocks_are_decoded_whatever_is_read_at_once(tmp_path, budget):
+    """A piece may begin inside a block of up, which follows rows of gate that fill none."""
+    _, decoded = make(tmp_path, "fp8-block-F32", 192, 320, beside=False)
+    plan = moe_ckpt.make_plan(tmp_path / "in", format="bf16")
+    execute(plan, tmp_path / "out", device=torch.device("cpu"), budget=Budget(*budget, 2))
+    same(load(tmp_path / "out"), {name: w.bfloat16() for name, w in decoded.items()})
+
+
 def gpt_oss(folder, i, h, *, count=3, dtype="U8", step=1, **more):
     """A layer of gpt-oss as it is released."""
     tensors, decoded = S.fused(S.mxfp4, count, i, h, interleaved=True, blocks=True, step=step)
@@ -520,7 +529,7 @@ def test_a_reciprocal_comes_back_to_the_last_bit(tmp_path):
     for name in tensors:
         if name.endswith("_global_scale"):
             e = int(name.split(".experts.")[1].split(".")[0])
-            tensors[name] = torch.tensor([1 / (0.123 + e / 10)])
+            tensors[name] = torch.tensor([41.0 + 2 * e])
     S.save(tmp_path / "in", tensors, S.CT_NVFP4, count=16, i=16, h=16)
     options = {"format": "nvfp4", "dialect": "compressed-tensors"}
     moe_ckpt.convert(tmp_path / "in", tmp_path / "out", **options)
