@@ -16,10 +16,12 @@ QWEN = "model.layers.0.mlp.experts"
 
 
 def spread(weight, step=1):
-    """Weights whose blocks differ in size: a scale in a wrong place changes every weight."""
+    """Weights whose blocks, rows and tiles differ in size: a scale belongs to one place only."""
     n, k = weight.shape[-2:]
-    rows, columns = torch.arange(n).view(-1, 1) // 16, torch.arange(k).view(1, -1) // 16
-    return weight.float() * 2.0 ** ((rows * 5 + columns * 3) % 4 * step)
+    rows, columns = torch.arange(n).view(-1, 1), torch.arange(k).view(1, -1)
+    blocks = (rows // 16 * 5 + columns // 16 * 3) % 4 * step
+    tiles = (rows // 128 + columns // 128 * 2) % 4
+    return weight.float() * 2.0 ** (blocks + rows // 16 % 3 + rows % 2 + tiles)
 
 
 def float4_codes(values):

@@ -106,6 +106,15 @@ def test_fused_experts_are_decoded(tmp_path, encode, options, said):
     same(load(tmp_path / "out"), {name: w.bfloat16() for name, w in decoded.items()})
 
 
+@pytest.mark.parametrize("budget", [(20000, 5000), (1 << 20, 5000), (60000, 1 << 14)])
+def test_blocks_are_decoded_whatever_is_read_at_once(tmp_path, budget):
+    """A piece may begin inside a block of up, which follows rows of gate that fill none."""
+    _, decoded = make(tmp_path, "fp8-block-F32", 192, 320, beside=False)
+    plan = moe_ckpt.make_plan(tmp_path / "in", format="bf16")
+    execute(plan, tmp_path / "out", device=torch.device("cpu"), budget=Budget(*budget, 2))
+    same(load(tmp_path / "out"), {name: w.bfloat16() for name, w in decoded.items()})
+
+
 def gpt_oss(folder, i, h, *, count=3, dtype="U8", step=1, **more):
     """A layer of gpt-oss as it is released."""
     tensors, decoded = S.fused(S.mxfp4, count, i, h, interleaved=True, blocks=True, step=step)
@@ -518,6 +527,56 @@ def test_blocks_that_nvfp4_cannot_hold_are_counted(tmp_path, as_, budget):
     plan = moe_ckpt.make_plan(tmp_path / "in", format="nvfp4", experts=as_)
     done = execute(plan, tmp_path / "out", device=torch.device("cpu"), budget=budget)
     assert done.inexact_blocks == 2
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_largest_exponent_may_lie_in_any_piece(tmp_path, budget):
+    tensors, _ = gpt_oss(tmp_path / "x", 64, 64, count=2)
+    scales = tensors[f"{S.QWEN}.down_proj_scales"]
+    scales.fill_(127)
+    scales[:, -1, -1] = 127 + 17
+    gpt_oss(tmp_path, 64, 64, count=2, **{f"{S.QWEN}.down_proj_scales": scales})
+    plan = moe_ckpt.make_plan(tmp_path / "in", format="nvfp4", experts="split")
+    done = execute(plan, tmp_path / "out", device=torch.device("cpu"), budget=budget)
+    assert done.inexact_blocks == 0
+    name = f"{S.QWEN}.1.down_proj.weight"
+    assert float(load(tmp_path / "out")[f"{name}_scale_2"]) == 2.0 ** (17 - 8)
+
+
+def test_weights_only_nvfp4_is_the_same_codes(tmp_path):
+    _, decoded = gpt_oss(tmp_path / "x", 64, 96, step=4)
+    options = {"format": "nvfp4-w4a16", "experts": "split"}
+    moe_ckpt.convert(tmp_path / "x" / "in", tmp_path / "cast", **options)
+    found = load(tmp_path / "cast")
+    assert not only(found, "input_scale")
+    assert all(torch.equal(decoded_nvfp4(found, name), w) for name, w in decoded.items())
+    tensors, _ = make(tmp_path, "nvfp4-modelopt", beside=False)
+    weights = {name: t for name, t in tensors.items() if not name.endswith("input_scale")}
+    moe_ckpt.convert(tmp_path / "in", tmp_path / "without", format="nvfp4-w4a16")
+    same(load(tmp_path / "without"), weights)
+    moe_ckpt.convert(tmp_path / "without", tmp_path / "again", format="nvfp4")
+    one = {name: torch.tensor(1.0) for name in tensors if name.endswith("input_scale")}
+    same(load(tmp_path / "again"), weights | one)
+
+
+def test_a_reciprocal_comes_back_to_the_last_bit(tmp_path):
+    tensors, _ = S.experts(S.nvfp4, 16, 16, 16, dialect="ct", dims=1)
+    for name in tensors:
+        if name.endswith("_global_scale"):
+            e = int(name.split(".experts.")[1].split(".")[0])
+            tensors[name] = torch.tensor([41.0 + 2 * e])
+    S.save(tmp_path / "in", tensors, S.CT_NVFP4, count=16, i=16, h=16)
+    options = {"format": "nvfp4", "dialect": "compressed-tensors"}
+    moe_ckpt.convert(tmp_path / "in", tmp_path / "out", **options)
+    same(load(tmp_path / "out"), tensors)
+
+
+def test_gate_and_up_of_fp8_keep_a_scale_each(tmp_path):
+    tensors, _ = make(tmp_path / "x", "fp8-tensor-0d", beside=False)
+    tensors[f"{S.QWEN}.0.up_proj.weight_scale"] *= 2
+    S.save(tmp_path / "in", tensors, S.MODELOPT, count=2, i=128, h=128)
+    moe_ckpt.convert(tmp_path / "in", tmp_path / "out", format="fp8-tensor")
+    same(load(tmp_path / "out"), tensors)
 
 
 def test_gate_and_up_with_different_scales_are_refused_by_name(tmp_path):
