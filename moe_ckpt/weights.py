@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 
 from .announced import announcements
@@ -105,25 +105,20 @@ def weights_of(source: Source) -> Weights:
     """
     announced = announcements(source)
     problems = Problems()
-    packing = name_of_packing({name: info.dtype for name, info in source.tensors.items()})
-    seems = f"; it seems to be packed as {packing}" if packing else ""
-    stored = _stored_weights(source.tensors, seems, problems)
+    stored = _stored_weights(source.tensors, problems)
     problems.check()
     names = {of.infos[0].name: name for name, of in stored.items()}
     beside = {name for of in stored.values() for name in of.beside}
     orphans = [
         name
-        for name, info in source.tensors.items()
-        if name not in beside
-        and name not in names
-        and name.endswith(SCALE_ENDINGS)
-        and not _is_weight(info)
+        for name in source.tensors
+        if name not in beside and name not in names and name.endswith(SCALE_ENDINGS)
     ]
     if orphans:
         problems.add(
             CheckpointError,
             f"{show_some(orphans)}: belongs to no quantized weight; the checkpoint is incomplete, "
-            f"or quantized in a way that this version does not know{seems}",
+            f"or quantized in a way that this version does not know{_seems(source.tensors)}",
         )
     for of in announced:
         of.refuse_contradictions(
@@ -134,8 +129,9 @@ def weights_of(source: Source) -> Weights:
     for name, info in source.tensors.items():
         if name in names:
             found = stored[names[name]]
-            logical = replace(info, name=names[name], dtype="F32", shape=found.shape)
-            tensors[logical.name] = logical
+            tensors[names[name]] = TensorInfo(
+                names[name], "F32", found.shape, info.shard, info.offset, info.nbytes
+            )
         elif name not in beside:
             tensors[name] = info
     warnings = [of.unknown_kv_cache for of in announced if of.unknown_kv_cache]
@@ -153,9 +149,7 @@ def weights_of(source: Source) -> Weights:
     )
 
 
-def _stored_weights(
-    tensors: Mapping[str, TensorInfo], seems: str, problems: Problems
-) -> dict[str, _Stored]:
+def _stored_weights(tensors: Mapping[str, TensorInfo], problems: Problems) -> dict[str, _Stored]:
     """The quantized weights, by the names they would have if they were not."""
     found: dict[str, _Stored] = {}
     unread: list[str] = []
@@ -176,8 +170,14 @@ def _stored_weights(
             )
         found[name] = match
     if unread:
-        problems.add(CheckpointError, f"{show_some(unread)}{seems}")
+        problems.add(CheckpointError, f"{show_some(unread)}{_seems(tensors)}")
     return found
+
+
+def _seems(tensors: Mapping[str, TensorInfo]) -> str:
+    """What packed the weights, for the end of a message; '' if nothing known did."""
+    packing = name_of_packing({name: info.dtype for name, info in tensors.items()})
+    return f"; it seems to be packed as {packing}" if packing else ""
 
 
 def _stem(info: TensorInfo) -> str | None:
