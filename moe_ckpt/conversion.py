@@ -15,10 +15,9 @@ import torch
 from .options import PlanOptions
 from .plan import Job, OutShard, Plan
 from .planner import make_plan
-from .pool import Pool, environment_faults, one_torch_thread, pick_device
+from .pool import Pool, environment_faults, pick_device, pool_over
 from .quantizer import Worker
-from .reader import SourceReader
-from .schedule import CPU, CUDA, Budget, batches
+from .schedule import Budget, batches, budget_for
 from .writer import OutputFolder, ShardWriter, check_out_dir
 
 __all__ = ["Result", "convert", "execute"]
@@ -83,23 +82,17 @@ def execute(
 ) -> Result:
     """Carry out a plan. On any error or interrupt, everything written is removed."""
     started = time.monotonic()
-    budget = budget or (CUDA if device.type == "cuda" else CPU)
+    budget = budget or budget_for(device.type)
     report = progress or (lambda *_: None)
     with environment_faults():
         folder = OutputFolder(plan, Path(out_dir), overwrite=overwrite)
-        reader = SourceReader(plan.source_shards)
         try:
-            with one_torch_thread():
-                make_worker = partial(Worker, reader, device, budget)
-                with Pool(budget.workers, make_worker) as pool:
-                    for shard in plan.shards:
-                        _write_shard(folder, shard, pool, budget, report)
-                    inexact = sum(worker.inexact_blocks for worker in pool.workers)
-            reader.check_unchanged()
-            reader.close()
+            with pool_over(plan.source_shards, device, budget) as pool:
+                for shard in plan.shards:
+                    _write_shard(folder, shard, pool, budget, report)
+                inexact = sum(worker.inexact_blocks for worker in pool.workers)
             folder.finish(plan)
         except BaseException:
-            reader.close()
             folder.discard()
             raise
     return Result(plan, Path(out_dir), str(device), time.monotonic() - started, inexact)

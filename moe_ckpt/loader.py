@@ -55,7 +55,7 @@ class Loader:
         """
         job = batch.job
         if job.encoded.is_plain:
-            return self._rows(batch, 0, job.encoded.parts[0], start, stop, "weights")
+            return self._rows(batch, start, stop)
         K = job.columns
         out = self._scratch.empty("decoded", (batch.count, stop - start, K), torch.float32)
         step = job.encoded.row_step
@@ -91,7 +91,7 @@ class Loader:
             if part.is_scalar:
                 continue
             if job.encoded.is_plain:
-                found[part.role] = self._rows(batch, 0, part, start, stop, "weights")
+                found[part.role] = self._rows(batch, start, stop)
                 continue
             pieces = []
             for r, first, last in self._members(job, start, stop):
@@ -175,20 +175,17 @@ class Loader:
             values = scales.float()
             _refuse(~(torch.isfinite(values) & (values >= 0)), batch, r, part.role, values, first)
 
-    def _rows(
-        self, batch: Batch, index: int, part: Part, start: int, stop: int, stage: str
-    ) -> torch.Tensor:
+    def _rows(self, batch: Batch, start: int, stop: int) -> torch.Tensor:
         """Stored rows of weights that are not quantized, whatever their orientation."""
         job = batch.job
         row_nbytes, columns = job.stored_row_nbytes, job.stored_shape[1]
         nbytes = (stop - start) * row_nbytes
-        buffer = self.stage(stage, batch.count * nbytes)
+        buffer = self.stage("weights", batch.count * nbytes)
         view = buffer.numpy().data
         for position, slab in enumerate(batch.slabs):
             into = view[position * nbytes : (position + 1) * nbytes]
             skip = start * row_nbytes
-            for reads in slab.reads:
-                read = reads[index]
+            for (read,) in slab.reads:
                 if skip >= read.nbytes:
                     skip -= read.nbytes
                     continue
@@ -197,7 +194,7 @@ class Loader:
                 into, skip = into[count:], 0
                 if not into:
                     break
-        typed = buffer.view(DTYPES[part.dtype])
+        typed = buffer.view(DTYPES[job.dtype])
         return typed.view(batch.count, stop - start, columns).to(self._device)
 
 

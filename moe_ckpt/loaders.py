@@ -99,17 +99,18 @@ def loader_warnings(
     detection: Detection,
     form: str,
     dialect: Dialect,
-    of_experts: Sequence[str],
+    loaders: Sequence[str],
     formats: Sequence[str],
     part_blocks: Sequence[str],
 ) -> tuple[str, ...]:
     """What the user should know before relying on a runtime.
 
+    ``loaders``: what `loaders_of` found.
     ``part_blocks``: linear layers that end in a part of a block.
     """
     family, model_type = detection.family, show(detection.model_type)
     found = []
-    if not loaders_of(detection, form, dialect, of_experts, formats):
+    if not loaders:
         found.append(
             f"no runtime is known to load {' and '.join(formats)} of model type {model_type} with "
             f"{form} experts in dialect {dialect.name}; try the result before you rely on it"

@@ -140,13 +140,14 @@ class _Planner:
             (unit for _, unit in units), self.dialect, parse_size(self.asked.max_shard_size)
         )
         self._refuse_collisions(shards)
-        formats = self._count(shards)
+        formats = self._count(choice, assigned)
         of_experts = tuple(dict.fromkeys(assigned.experts))
+        loaders = loaders_of(detection, self.form, self.dialect, of_experts, tuple(formats))
         return Plan(
             root=source.root,
             model_type=detection.model_type,
             family=detection.family.name,
-            loaders=loaders_of(detection, self.form, self.dialect, of_experts, tuple(formats)),
+            loaders=loaders,
             formats=formats,
             dialect=self.dialect.name,
             experts_as=self.form,
@@ -165,7 +166,7 @@ class _Planner:
                 "files": (*source.warnings, *self.weights.warnings),
                 "layers": detection.warnings,
                 "loaders": loader_warnings(
-                    detection, self.form, self.dialect, of_experts, tuple(formats), make.part_blocks
+                    detection, self.form, self.dialect, loaders, tuple(formats), make.part_blocks
                 ),
                 "statistics": calibration.warnings(self.weights.tensors) if calibration else (),
             },
@@ -199,17 +200,14 @@ class _Planner:
         dropped = self.weights.kv_cache and self.dialect.kv_scales is None
         return dropped and name.endswith(KV_SCALES)
 
-    def _count(self, shards: Iterable[OutShard]) -> dict[str, int]:
-        """How many matrices become each format, those in a stack counted one by one."""
+    def _count(self, choice: Choice, assigned: Assigned) -> dict[str, int]:
+        """How many matrices become each format, those of experts first."""
         counts: Counter[str] = Counter()
-        for shard in shards:
-            for job in shard.jobs:
-                if not job.is_stacked:
-                    counts[job.format] += len(job.rows) * len(job.slabs)
-                    continue
-                gated = self.detection.family.is_gated
-                joined = job.slabs[0].modules[0].rpartition(".")[2].startswith("gate_up")
-                counts[job.format] += len(job.slabs) * (2 if gated and joined else 1)
+        for found, name in zip(self.detection.experts, assigned.experts, strict=True):
+            counts[name] += found.num_experts * len(found.projections)
+        for group, name in choice.linears:
+            counts[name] += len(group)
+        counts.update(assigned.stays.values())
         return dict(counts)
 
     def _resolved(self, assigned: Assigned) -> str:

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
 
 from .errors import EnvironmentFaultError, MoeCkptError, UsageError, show
+from .headers import Shard
 from .quantizer import Worker
+from .reader import SourceReader
+from .schedule import Budget
 
-__all__ = ["Pool", "environment_faults", "one_torch_thread", "pick_device"]
+__all__ = ["Pool", "environment_faults", "pick_device", "pool_over"]
 
 T = TypeVar("T")
 
@@ -61,7 +65,20 @@ def _cancel(futures: set[Future[T]]) -> None:
 
 
 @contextmanager
-def one_torch_thread() -> Iterator[None]:
+def pool_over(shards: Iterable[Shard], device: torch.device, budget: Budget) -> Iterator[Pool]:
+    """Threads that read these shards; they must be at the end what they were when planned with."""
+    reader = SourceReader(shards)
+    try:
+        make_worker = partial(Worker, reader, device, budget)
+        with _one_torch_thread(), Pool(budget.workers, make_worker) as pool:
+            yield pool
+        reader.check_unchanged()
+    finally:
+        reader.close()
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
     """Our threads are the parallelism: torch's own would contend with them for the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -19,10 +19,9 @@ from .layouts import Detection, Given, detect
 from .modules import is_matrix, module_of
 from .packing import QuantUnit
 from .plan import Job
-from .pool import Pool, environment_faults, one_torch_thread
+from .pool import environment_faults, pool_over
 from .quantizer import Worker
-from .reader import SourceReader
-from .schedule import CPU, CUDA, Batch, batches
+from .schedule import Batch, batches, budget_for
 from .units import UnitMaker
 from .weights import Weights, weights_of
 
@@ -65,7 +64,7 @@ def scan(
     found = detect(weights.tensors, source.config, Given(layout, gate_up_order))
     jobs = list(_jobs(weights, found))
     modules: dict[str, float] = {}
-    budget = CUDA if device.type == "cuda" else CPU
+    budget = budget_for(device.type)
 
     def done(made: tuple[Batch, list[float]]) -> None:
         batch, amax = made
@@ -75,16 +74,8 @@ def scan(
             progress(batch.nbytes)
 
     with environment_faults():
-        reader = SourceReader(source.shards.values())
-        try:
-            make_worker = partial(Worker, reader, device, budget)
-            with one_torch_thread(), Pool(budget.workers, make_worker) as pool:
-                pool.run(
-                    (partial(_amax, batch=b) for job in jobs for b in batches(job, budget)), done
-                )
-            reader.check_unchanged()
-        finally:
-            reader.close()
+        with pool_over(source.shards.values(), device, budget) as pool:
+            pool.run((partial(_amax, batch=b) for job in jobs for b in batches(job, budget)), done)
         partial_file = path.with_name(f"{path.name}.partial")
         try:
             partial_file.write_text(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .plan import Job, Plan, Slab
 
-__all__ = ["CPU", "CUDA", "Batch", "Budget", "batches", "peak_nbytes"]
+__all__ = ["CPU", "Batch", "Budget", "batches", "budget_for", "peak_nbytes"]
 
 _MIB = 1 << 20
 _FLOAT32_TEMPORARIES = 6
@@ -56,6 +56,11 @@ class Batch:
 
 CPU = Budget(16 * _MIB, 1 << 18, min(8, len(os.sched_getaffinity(0))))
 CUDA = Budget(64 * _MIB, 1 << 24, 2)
+
+
+def budget_for(device_type: str) -> Budget:
+    """The buffers for "cpu" or "cuda"."""
+    return CUDA if device_type == "cuda" else CPU
 
 
 def batches(job: Job, budget: Budget) -> Iterator[Batch]:

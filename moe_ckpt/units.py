@@ -9,7 +9,7 @@ from .calibration import Calibration
 from .choice import output_name
 from .dialects import Dialect
 from .dialects.matching import built_modules
-from .dtypes import itemsize, nbytes_of
+from .dtypes import itemsize
 from .errors import CheckpointError, FormatError, LayoutError, Problems, show, show_some
 from .fitting import formats_that_fit
 from .formats import Part, QuantFormat, find_format
@@ -17,7 +17,7 @@ from .headers import TensorInfo
 from .layouts import SPLIT, Detection, Experts, Range, Side
 from .modules import module_of
 from .packing import CopyUnit, QuantUnit
-from .plan import Encoded, Job, OutTensor, Read, Slab
+from .plan import Encoded, Job, OutTensor, Slab
 from .weights import Weights
 
 __all__ = ["UnitMaker"]
@@ -68,7 +68,7 @@ class UnitMaker:
 
     def of_copy(self, info: TensorInfo, name: str, reason: str) -> CopyUnit:
         """A tensor that stays as it is, under a name."""
-        read = Read(info.shard, info.offset, info.nbytes)
+        (read,) = self._weights.reads(info.name)
         return CopyUnit(info.name, read, (OutTensor(name, info.dtype, info.shape),), reason)
 
     def of_stay(self, name: str, target: QuantFormat) -> list[QuantUnit]:
@@ -232,11 +232,7 @@ class UnitMaker:
             module = _module(found, expert)
             yield CopyUnit(
                 source=side.bias,
-                read=Read(
-                    info.shard,
-                    info.offset + nbytes_of(info.dtype, (expert * rows,)),
-                    nbytes_of(info.dtype, (rows,)),
-                ),
+                read=self._weights.reads(side.bias, expert * rows, rows)[0],
                 tensors=tuple(
                     OutTensor(f"{module}.{name}.bias", info.dtype, (count,))
                     for name, count in zip(side.projections, side.rows, strict=True)
