@@ -165,11 +165,11 @@ def convert(
             _print_json(plan_document(plan))
         return
     from .conversion import execute
-    from .pool import pick_device
+    from .engines import backend_for
 
-    chosen = pick_device(device)
+    backend = backend_for(device)
     with Progress(plan, _say, quiet=quiet) as report:
-        result = execute(plan, out_dir, device=chosen, overwrite=overwrite, progress=report)
+        result = execute(plan, out_dir, backend=backend, overwrite=overwrite, progress=report)
         _ignore_signals()  # the output is complete: say so, whatever comes now
     if not quiet:
         _say(result_lines(result))
@@ -218,13 +218,13 @@ def scan(
     quiet: bool,
 ) -> None:
     """Find the largest magnitude of every weight in IN, for convert --weight-amax."""
-    from .pool import pick_device
+    from .engines import backend_for
     from .scan import scan as scan_folder
 
     count = scan_folder(
         in_dir,
         out_file,
-        device=pick_device(device),
+        backend=backend_for(device),
         layout=layout,
         gate_up_order=gate_up_order,
         overwrite=overwrite,

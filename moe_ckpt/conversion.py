@@ -10,12 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Unpack
 
-import torch
-
+from .engines import Backend, backend_for
 from .options import PlanOptions
 from .plan import Job, OutShard, Plan
 from .planner import make_plan
-from .pool import Pool, environment_faults, pick_device, pool_over
+from .pool import Pool, environment_faults, pool_over
 from .quantizer import Worker
 from .schedule import Budget, batches, budget_for
 from .writer import OutputFolder, ShardWriter, check_out_dir
@@ -65,29 +64,29 @@ def convert(
             is removed.
         EnvironmentFaultError: disk, memory or GPU failed; the output is removed.
     """
-    chosen = pick_device(device)
+    backend = backend_for(device)
     check_out_dir(Path(in_dir), Path(out_dir), overwrite=overwrite)
     plan = make_plan(in_dir, **options)
-    return execute(plan, out_dir, device=chosen, overwrite=overwrite, progress=progress)
+    return execute(plan, out_dir, backend=backend, overwrite=overwrite, progress=progress)
 
 
 def execute(
     plan: Plan,
     out_dir: str | os.PathLike[str],
     *,
-    device: torch.device,
+    backend: Backend,
     budget: Budget | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Carry out a plan. On any error or interrupt, everything written is removed."""
     started = time.monotonic()
-    budget = budget or budget_for(device.type)
+    budget = budget or budget_for(backend)
     report = progress or (lambda *_: None)
     with environment_faults():
         folder = OutputFolder(plan, Path(out_dir), overwrite=overwrite)
         try:
-            with pool_over(plan.source_shards, device, budget) as pool:
+            with pool_over(plan.source_shards, backend, budget) as pool:
                 for shard in plan.shards:
                     _write_shard(folder, shard, pool, budget, report)
                 inexact = sum(worker.inexact_blocks for worker in pool.workers)
@@ -95,7 +94,7 @@ def execute(
         except BaseException:
             folder.discard()
             raise
-    return Result(plan, Path(out_dir), str(device), time.monotonic() - started, inexact)
+    return Result(plan, Path(out_dir), backend.name, time.monotonic() - started, inexact)
 
 
 def _write_shard(

@@ -1,63 +1,44 @@
-"""Bring rows of source slabs onto the device: as they are stored, or decoded to numbers."""
+"""Bring rows of source slabs into memory: as they are stored, or decoded to numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
+from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
+from .engines import Engine
 from .errors import CheckpointError, show
-from .formats import Part, e8m0, find_format
-from .formats.scratch import Scratch
+from .formats import Part
 from .plan import Job
 from .reader import SourceReader
 from .schedule import Batch, Budget
+from .stored import DTYPES, numbers
 
-__all__ = ["DTYPES", "Loader"]
-
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.uint8,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I32": torch.int32,
-}
-
-_BYTES_OF_POWERS = ("U8", "F8_E8M0")
+__all__ = ["Loader"]
 
 
 class Loader:
-    """The buffers that one thread reads into."""
+    """What one thread reads, into the buffers of its engine."""
 
-    def __init__(self, reader: SourceReader, device: torch.device, budget: Budget) -> None:
+    def __init__(self, reader: SourceReader, engine: Engine, budget: Budget) -> None:
         self._reader = reader
-        self._device = device
+        self._engine = engine
         self._budget = budget
-        self._stages: dict[str, torch.Tensor] = {}
-        self._scratch = Scratch(device)
 
-    def stage(self, name: str, nbytes: int) -> torch.Tensor:
-        """A buffer on the host, uint8 [nbytes]; the one of this name before is overwritten."""
-        found = self._stages.get(name)
-        if found is None or found.numel() < nbytes:
-            size = max(nbytes, self._budget.stage_nbytes if name == "weights" else 0)
-            pinned = self._device.type == "cuda"
-            found = self._stages[name] = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        return found[:nbytes]
-
-    def weights(self, batch: Batch, start: int, stop: int) -> torch.Tensor:
+    def weights(self, batch: Batch, start: int, stop: int) -> Any:
         """Stored rows ``start`` to ``stop`` of each slab as numbers, [B, rows, columns].
 
-        Weights that are not quantized keep their dtype, others become float32.
+        On the engine's device. Weights that are not quantized keep their dtype, others become
+        float32.
         """
         job = batch.job
         if job.encoded.is_plain:
-            return self._rows(batch, start, stop)
+            return self._engine.weights(self._rows(batch, start, stop))
         K = job.columns
-        out = self._scratch.empty("decoded", (batch.count, stop - start, K), torch.float32)
+        out = self._engine.empty("decoded", (batch.count, stop - start, K))
         step = job.encoded.row_step
         rows = max(1, self._budget.chunk_items // (batch.count * K) // step) * step
         at = 0
@@ -71,16 +52,16 @@ class Loader:
                     for part in job.encoded.parts
                     if not part.is_scalar
                 }
-                codec = find_format(job.encoded.format).codec()
-                decoded = codec.dequantize(parts | scalars)[:, max(first - aligned, 0) :]
+                decoded = self._engine.decode(job.encoded, parts | scalars)
+                decoded = decoded[:, max(first - aligned, 0) :]
                 out[:, at : at + decoded.shape[1]] = decoded
                 at += decoded.shape[1]
         return out
 
-    def parts(self, batch: Batch, start: int, stop: int) -> dict[str, torch.Tensor]:
+    def parts(self, batch: Batch, start: int, stop: int) -> dict[str, NDArray[Any]]:
         """Stored rows ``start`` to ``stop`` of each part that has rows, [B, rows, items].
 
-        ``start`` begins a whole item of every part, in every source tensor.
+        On the host. ``start`` begins a whole item of every part, in every source tensor.
 
         Raises:
             CheckpointError: a weight or a scale is no number.
@@ -95,37 +76,36 @@ class Loader:
                 continue
             pieces = []
             for r, first, last in self._members(job, start, stop):
-                pieces.append(self._part(batch, r, part, first, last))
-                if part.dtype == "F8_E4M3" and part.role == "qweight" and _has_nan(pieces[-1]):
-                    _refuse(pieces[-1].isnan(), batch, r, "weight", pieces[-1], first)
-            found[part.role] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+                piece = self._part(batch, r, part, first, last)
+                if part.dtype == "F8_E4M3" and part.role == "qweight" and _has_nan(piece):
+                    _refuse(
+                        (piece & 0x7F) == 0x7F, batch, r, "weight", numbers(piece, "F8_E4M3"), first
+                    )
+                pieces.append(piece if len(job.source_rows) == 1 else piece.copy())
+            found[part.role] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, 1)
         return found
 
-    def scalars(self, batch: Batch, role: str) -> torch.Tensor:
-        """A scalar part of every source tensor of every slab, float32 [B, R] on the host.
+    def scalars(self, batch: Batch, role: str) -> NDArray[np.float32]:
+        """A scalar part of every source tensor of every slab, float32 [B, R].
 
         Raises:
             CheckpointError: one is not a finite number above 0.
         """
         members = len(batch.slabs[0].reads)
         index, part = next((i, p) for i, p in enumerate(batch.job.encoded.parts) if p.role == role)
-        itemsize = DTYPES[part.dtype].itemsize
-        raw = torch.empty(batch.count * members * itemsize, dtype=torch.uint8)
-        view = raw.numpy().data
-        at = 0
-        for slab in batch.slabs:
-            for reads in slab.reads:
-                self._reader.read(reads[index], 0, view[at : at + itemsize])
-                at += itemsize
-        found = raw.view(DTYPES[part.dtype]).view(batch.count, members).float()
-        for b, r in (~(torch.isfinite(found) & (found > 0))).nonzero().tolist():
+        raw = np.empty((batch.count, members), DTYPES[part.dtype])
+        for b, slab in enumerate(batch.slabs):
+            for r, reads in enumerate(slab.reads):
+                self._reader.read(reads[index], 0, _bytes(raw[b, r : r + 1]))
+        found = numbers(raw, part.dtype)
+        for b, r in np.argwhere(~(np.isfinite(found) & (found > 0))).tolist():
             raise CheckpointError(
                 f"{show(batch.slabs[b].labels[r])}: its {role} is {float(found[b, r])}; expected a "
                 "finite number above 0"
             )
         return found
 
-    def _scalars_of(self, batch: Batch, r: int) -> dict[str, torch.Tensor]:
+    def _scalars_of(self, batch: Batch, r: int) -> dict[str, NDArray[np.float32]]:
         """What a codec needs beside the parts with rows, for source tensor ``r``: [B] each."""
         encoded = batch.job.encoded
         found = {}
@@ -133,7 +113,7 @@ class Loader:
             if part.is_scalar and part.role != "input_scale":
                 inverse = part.role in encoded.inverse
                 role = part.role.replace("scale", "divisor") if inverse else part.role
-                found[role] = self.scalars(batch, part.role)[:, r].to(self._device)
+                found[role] = self.scalars(batch, part.role)[:, r]
         return found
 
     def _members(self, job: Job, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -145,45 +125,30 @@ class Loader:
                 yield r, first, last
             before += count
 
-    def _part(self, batch: Batch, r: int, part: Part, start: int, stop: int) -> torch.Tensor:
+    def _part(self, batch: Batch, r: int, part: Part, start: int, stop: int) -> NDArray[Any]:
         """The items of a part for rows ``start`` to ``stop`` of source tensor ``r``."""
         job = batch.job
         index = job.encoded.parts.index(part)
         first, last = start // part.rows, -(-stop // part.rows)
         row_nbytes = part.row_nbytes(job.columns)
-        nbytes = (last - first) * row_nbytes
-        stage = self.stage(part.role, batch.count * nbytes)
-        view = stage.numpy().data
+        shape = (batch.count, *part.shape(1, job.columns))
+        items = self._buffer(part.role, part.dtype, (shape[0], last - first, shape[2]))
         for b, slab in enumerate(batch.slabs):
-            into = view[b * nbytes : (b + 1) * nbytes]
-            self._reader.read(slab.reads[r][index], first * row_nbytes, into)
-        typed = stage.view(DTYPES[part.dtype]).view(batch.count, last - first, -1)
-        moved = typed.to(self._device, copy=True)
+            self._reader.read(slab.reads[r][index], first * row_nbytes, _bytes(items[b]))
         if part.role != "qweight":
-            self._check_scales(batch, r, part, moved, first)
-        if part.dtype == "F8_E8M0" and not job.encoded.format.startswith("mx"):
-            return e8m0.decode(moved)
-        return moved
+            values = numbers(items, part.dtype)
+            # Zero is what some write for zeros.
+            bad = ~(np.isfinite(values) & (values >= 0))
+            _refuse(bad, batch, r, part.role, values, first)
+        return items
 
-    def _check_scales(
-        self, batch: Batch, r: int, part: Part, scales: torch.Tensor, first: int
-    ) -> None:
-        """Refuse NaN, infinite and negative scales; zero is what some write for zeros."""
-        if part.dtype in _BYTES_OF_POWERS:
-            _refuse(scales == 255, batch, r, part.role, e8m0.decode(scales), first)
-        else:
-            values = scales.float()
-            _refuse(~(torch.isfinite(values) & (values >= 0)), batch, r, part.role, values, first)
-
-    def _rows(self, batch: Batch, start: int, stop: int) -> torch.Tensor:
+    def _rows(self, batch: Batch, start: int, stop: int) -> NDArray[Any]:
         """Stored rows of weights that are not quantized, whatever their orientation."""
         job = batch.job
         row_nbytes, columns = job.stored_row_nbytes, job.stored_shape[1]
-        nbytes = (stop - start) * row_nbytes
-        buffer = self.stage("weights", batch.count * nbytes)
-        view = buffer.numpy().data
+        rows = self._buffer("weights", job.dtype, (batch.count, stop - start, columns))
         for position, slab in enumerate(batch.slabs):
-            into = view[position * nbytes : (position + 1) * nbytes]
+            into = _bytes(rows[position])
             skip = start * row_nbytes
             for (read,) in slab.reads:
                 if skip >= read.nbytes:
@@ -194,22 +159,37 @@ class Loader:
                 into, skip = into[count:], 0
                 if not into:
                     break
-        typed = buffer.view(DTYPES[job.dtype])
-        return typed.view(batch.count, stop - start, columns).to(self._device)
+        return rows
+
+    def _buffer(self, name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+        itemtype = np.dtype(DTYPES[dtype])
+        return (
+            self._engine.host(name, prod(shape) * itemtype.itemsize).view(itemtype).reshape(shape)
+        )
 
 
-def _has_nan(codes: torch.Tensor) -> bool:
-    """Whether E4M3 codes hold 0x7F or 0xFF; 20 times faster than to ask torch."""
-    return int((codes.view(torch.uint8) & 0x7F).amax()) == 0x7F
+def _bytes(items: NDArray[Any]) -> memoryview:
+    """The bytes of contiguous items, to be filled."""
+    return items.reshape(-1).view(np.uint8).data
+
+
+def _has_nan(codes: NDArray[Any]) -> bool:
+    """Whether E4M3 codes hold 0x7F or 0xFF."""
+    return bool((codes & np.uint8(0x7F)).max() == 0x7F)
 
 
 def _refuse(
-    bad: torch.Tensor, batch: Batch, r: int, role: str, values: torch.Tensor, first: int
+    bad: NDArray[np.bool_],
+    batch: Batch,
+    r: int,
+    role: str,
+    values: NDArray[np.float32],
+    first: int,
 ) -> None:
     """Raise for the first bad item of [B, rows, items], rows counted from ``first``."""
-    if not bool(bad.any()):
+    if not bad.any():
         return
-    b, row, column = bad.nonzero()[0].tolist()
+    b, row, column = np.argwhere(bad)[0].tolist()
     slab, value = batch.slabs[b], float(values[b, row, column])
     raise CheckpointError(
         f"{show(slab.reads[r][0].shard)}: {show(slab.labels[r])}: {role} is {value} at row "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
+from .engines import Engine
 from .errors import CheckpointError, show
-from .formats.amax import abs_max
-from .formats.scratch import Scratch
 from .loader import Loader
 from .pieces import cut
 from .plan import Job
@@ -18,16 +19,16 @@ __all__ = ["Magnitudes", "rows_of_piece"]
 
 
 class Magnitudes:
-    """Finds them with the buffers of one thread."""
+    """Finds them with the engine of one thread."""
 
-    def __init__(self, loader: Loader, scratch: Scratch, budget: Budget) -> None:
+    def __init__(self, loader: Loader, engine: Engine, budget: Budget) -> None:
         self._loader = loader
-        self._scratch = scratch
+        self._engine = engine
         self._budget = budget
 
     def of_rows(
-        self, batch: Batch, pieces: Iterable[tuple[int, int]], whole: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, batch: Batch, pieces: Iterable[tuple[int, int]], whole: Any = None
+    ) -> NDArray[np.float32]:
         """Largest magnitude of each row that the pieces hold of the slabs, float32 [B, N].
 
         ``whole`` is the only piece, if it is at hand.
@@ -38,21 +39,21 @@ class Magnitudes:
         found = []
         for piece in pieces:
             stored = whole if whole is not None else self._loader.weights(batch, *piece)
-            columns = stored.shape[2]
-            if batch.job.is_transposed:
-                step = max(1, self._budget.chunk_items // (columns * stored.shape[0]))
-                chunks = [abs_max(c, self._scratch, dim=1) for c in torch.split(stored, step, 1)]
-                found.append(torch.stack(chunks).amax(0))
-            else:
-                step = max(1, self._budget.chunk_items // columns)
-                rows = torch.split(stored.flatten(0, 1), step)
-                chunks = [abs_max(chunk, self._scratch) for chunk in rows]
-                found.append(torch.cat(chunks).view(stored.shape[:2]))
-        amax = torch.stack(found).amax(0) if batch.job.is_transposed else torch.cat(found, 1)
-        finite = torch.isfinite(amax).all(1)
-        if not bool(finite.all()):
-            self._refuse(batch, batch.start + int(finite.logical_not().nonzero()[0]))
-        return amax
+            found.append(self._of_piece(batch.job, stored))
+        amax_BN = _joined(batch.job, found)
+        finite = np.isfinite(amax_BN).all(1)
+        if not finite.all():
+            self._refuse(batch, batch.start + int(finite.argmin()))
+        return amax_BN
+
+    def _of_piece(self, job: Job, stored: Any) -> NDArray[np.float32]:
+        """Of stored rows [B, rows, columns], in chunks for the cache."""
+        B, rows, columns = stored.shape
+        step = max(1, self._budget.chunk_items // (columns * B))
+        chunks = (stored[:, at : at + step] for at in range(0, rows, step))
+        axis = 1 if job.is_transposed else 2
+        found = [self._engine.largest(chunk, axis) for chunk in chunks]
+        return _joined(job, found)
 
     def _refuse(self, batch: Batch, slab: int) -> None:
         """Raise for the first weight of a slab that is not finite."""
@@ -60,10 +61,11 @@ class Magnitudes:
         one = Batch(job, slab, slab + 1)
         for start, stop in cut(one, self._budget):
             stored = self._loader.weights(one, start, stop)[0]
-            wrong = torch.isfinite(stored).logical_not()
-            if bool(wrong.any()):
-                row, column = (int(i) for i in wrong.nonzero()[0])
-                value = float(stored[row, column])
+            values = self._engine.numbers(stored)
+            wrong = ~np.isfinite(values)
+            if wrong.any():
+                row, column = np.argwhere(wrong)[0].tolist()
+                value = float(values[row, column])
                 member, row = _member_of(job, start + row)
                 found = job.slabs[slab]
                 raise CheckpointError(
@@ -74,13 +76,20 @@ class Magnitudes:
         raise AssertionError("amax was not finite, and every weight is")
 
 
-def rows_of_piece(job: Job, amax_BN: torch.Tensor, piece: tuple[int, int]) -> torch.Tensor:
-    """Of the amax of all rows of slabs, those of a piece, as its matrices [B, P, N]."""
+def _joined(job: Job, found: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """What was found in pieces of slabs, [B, N]: each has some of the rows, or some columns."""
+    joined: NDArray[np.float32]
+    joined = np.maximum.reduce(found) if job.is_transposed else np.concatenate(found, 1)
+    return joined
+
+
+def rows_of_piece(
+    job: Job, of_rows_BN: NDArray[np.float32], piece: tuple[int, int]
+) -> tuple[NDArray[np.float32], ...]:
+    """Of numbers that all rows of slabs have, those of each matrix of a piece, [B, N]."""
     if not job.is_transposed:
-        amax_BN = amax_BN[:, piece[0] : piece[1]]
-    if job.is_interleaved:
-        return amax_BN.view(amax_BN.shape[0], -1, 2).transpose(1, 2)
-    return amax_BN.unsqueeze(1)
+        of_rows_BN = of_rows_BN[:, piece[0] : piece[1]]
+    return (of_rows_BN[:, 0::2], of_rows_BN[:, 1::2]) if job.is_interleaved else (of_rows_BN,)
 
 
 def _member_of(job: Job, row: int) -> tuple[int, int]:

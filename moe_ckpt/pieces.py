@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import lcm
+from math import lcm, prod
+from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
+from .engines import Engine
 from .formats import Part, find_format
-from .formats.scratch import Scratch
-from .loader import DTYPES
 from .plan import Job, Region
 from .schedule import Batch, Budget
+from .stored import DTYPES
 from .writer import ShardWriter
 
 __all__ = ["Chunk", "PieceWriter", "cut", "write"]
@@ -25,7 +27,7 @@ __all__ = ["Chunk", "PieceWriter", "cut", "write"]
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A part of a piece [B, P, N, K]: one of its P matrices, and slices of the rest.
+    """A part of a piece: one of its P matrices, and slices of their [B, N, K].
 
     ``out``: where its parts with rows go, by role.
     """
@@ -34,13 +36,13 @@ class Chunk:
     b: slice
     n: slice
     k: slice
-    out: dict[str, torch.Tensor]
+    out: dict[str, NDArray[Any]]
 
-    def of(self, part: Part) -> tuple[slice, int, slice, slice]:
-        """The index of the chunk's items in all items of a part, [B, P, rows, items]."""
+    def of(self, part: Part) -> tuple[slice, slice, slice]:
+        """The index of the chunk's items in all items of a part, [B, rows, items]."""
         rows = slice(self.n.start // part.rows, -(-self.n.stop // part.rows))
         items = slice(self.k.start // part.columns, -(-self.k.stop // part.columns))
-        return self.b, self.p, rows, items
+        return self.b, rows, items
 
 
 def cut(batch: Batch, budget: Budget) -> list[tuple[int, int]]:
@@ -62,8 +64,8 @@ def cut(batch: Batch, budget: Budget) -> list[tuple[int, int]]:
 class PieceWriter:
     """The output buffers of one thread."""
 
-    def __init__(self, scratch: Scratch, budget: Budget) -> None:
-        self._scratch = scratch
+    def __init__(self, engine: Engine, budget: Budget) -> None:
+        self._engine = engine
         self._budget = budget
 
     def chunks(
@@ -83,7 +85,7 @@ class PieceWriter:
             for b, n, k in self._slices(job, shape):
                 chunk = Chunk(p, b, n, k, {})
                 for role, (part, _, view) in results.items():
-                    chunk.out[role] = view[chunk.of(part)]
+                    chunk.out[role] = view[:, p][chunk.of(part)]
                 yield chunk
         if _gathers(job) and piece[1] < job.stored_shape[0]:
             return
@@ -98,7 +100,7 @@ class PieceWriter:
         piece: tuple[int, int],
         region: Region,
         part: Part,
-        buffer: torch.Tensor,
+        buffer: NDArray[Any],
         out: ShardWriter,
     ) -> None:
         job, (start, stop) = batch.job, piece
@@ -114,24 +116,28 @@ class PieceWriter:
 
     def _buffer(
         self, part: Part, batch: Batch, piece: tuple[int, int], shape: tuple[int, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
         """A buffer in the order of the output, and its view [B, P, rows, items] for this piece."""
         job = batch.job
         B, P, N, K = shape
-        dtype, name = DTYPES[part.dtype], f"out {part.role}"
         rows, items = part.shape(N, K)
         if job.is_stacked:
             all_rows = job.slab_rows if _gathers(job) else rows
-            buffer = self._scratch.empty(name, (B, items, all_rows), dtype)
-            view = buffer.transpose(1, 2).unsqueeze(1)
+            buffer = self._empty(part, (B, items, all_rows))
+            view = buffer.swapaxes(1, 2)[:, None]
             return buffer, view[:, :, piece[0] : piece[1]] if _gathers(job) else view
         if not _gathers(job):
-            buffer = self._scratch.empty(name, (B, P, rows, items), dtype)
+            buffer = self._empty(part, (B, P, rows, items))
             return buffer, buffer
         all_items = part.shape(N, job.columns)[1]
-        buffer = self._scratch.empty(name, (B, P, rows, all_items), dtype)
+        buffer = self._empty(part, (B, P, rows, all_items))
         first = piece[0] // part.columns
         return buffer, buffer[..., first : first + items]
+
+    def _empty(self, part: Part, shape: tuple[int, ...]) -> NDArray[Any]:
+        dtype = np.dtype(DTYPES[part.dtype])
+        nbytes = prod(shape) * dtype.itemsize
+        return self._engine.host(f"out {part.role}", nbytes).view(dtype).reshape(shape)
 
     def _slices(self, job: Job, shape: tuple[int, ...]) -> Iterator[tuple[slice, slice, slice]]:
         """Slices of matrices, of rows of one, or of columns, of about ``chunk_items`` weights."""
@@ -157,10 +163,9 @@ class PieceWriter:
                     yield slice(b, b + 1), slice(n, min(n + rows, N)), slice(k, min(k + columns, K))
 
 
-def write(out: ShardWriter, offset: int, values: torch.Tensor) -> None:
-    """Write the bytes of a tensor, in the order of its items."""
-    flat = values.contiguous().flatten().view(torch.uint8).cpu()
-    out.write(offset, flat.numpy().data)
+def write(out: ShardWriter, offset: int, values: NDArray[Any]) -> None:
+    """Write the bytes of an array, in the order of its items."""
+    out.write(offset, np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
 
 def _gathers(job: Job) -> bool:

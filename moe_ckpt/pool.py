@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar
 
-import torch
-
-from .errors import EnvironmentFaultError, MoeCkptError, UsageError, show
+from .engines import Backend
+from .errors import EnvironmentFaultError, MoeCkptError, show
 from .headers import Shard
 from .quantizer import Worker
 from .reader import SourceReader
 from .schedule import Budget
 
-__all__ = ["Pool", "environment_faults", "pick_device", "pool_over"]
+__all__ = ["Pool", "environment_faults", "pool_over"]
 
 T = TypeVar("T")
 
@@ -25,10 +23,10 @@ T = TypeVar("T")
 class Pool:
     """Threads with a `Worker` each; tasks are called with a free worker."""
 
-    def __init__(self, size: int, make_worker: Callable[[], Worker]) -> None:
-        self._threads = ThreadPoolExecutor(size)
+    def __init__(self, workers: Iterable[Worker]) -> None:
+        self.workers = tuple(workers)
+        self._threads = ThreadPoolExecutor(len(self.workers))
         self._free: SimpleQueue[Worker] = SimpleQueue()
-        self.workers = [make_worker() for _ in range(size)]
         for worker in self.workers:
             self._free.put(worker)
 
@@ -65,27 +63,16 @@ def _cancel(futures: set[Future[T]]) -> None:
 
 
 @contextmanager
-def pool_over(shards: Iterable[Shard], device: torch.device, budget: Budget) -> Iterator[Pool]:
+def pool_over(shards: Iterable[Shard], backend: Backend, budget: Budget) -> Iterator[Pool]:
     """Threads that read these shards; they must be at the end what they were when planned with."""
     reader = SourceReader(shards)
     try:
-        make_worker = partial(Worker, reader, device, budget)
-        with _one_torch_thread(), Pool(budget.workers, make_worker) as pool:
+        workers = [Worker(reader, backend.make(), budget) for _ in range(budget.workers)]
+        with backend.around(), Pool(workers) as pool:
             yield pool
         reader.check_unchanged()
     finally:
         reader.close()
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Our threads are the parallelism: torch's own would contend with them for the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -95,10 +82,6 @@ def environment_faults() -> Iterator[None]:
         yield
     except MoeCkptError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise EnvironmentFaultError(
-            f"GPU memory ran out ({show(error)}); free some, or use --device cpu"
-        ) from error
     except MemoryError as error:
         raise EnvironmentFaultError("memory ran out; free some and run again") from error
     except OSError as error:
@@ -107,26 +90,13 @@ def environment_faults() -> Iterator[None]:
             f"{name}{error.strerror or show(error)}; nothing usable was left in the output folder, "
             "run again once this is mended"
         ) from error
-    except RuntimeError as error:
+    except RuntimeError as error:  # torch's, which is not imported for this
         if "CUDA" not in str(error):
             raise
+        if "out of memory" in str(error):
+            raise EnvironmentFaultError(
+                f"GPU memory ran out ({show(error)}); free some, or use --device cpu"
+            ) from error
         raise EnvironmentFaultError(
             f"the GPU failed ({show(error)}); run again, or use --device cpu"
         ) from error
-
-
-def pick_device(name: str) -> torch.device:
-    """The torch device for a name; "auto" is CUDA where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device {show(name)!r} is unknown; choose auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise EnvironmentFaultError(
-            f"device {name}: torch finds {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
-    return device

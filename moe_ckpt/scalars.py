@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from .errors import CheckpointError, show
 from .formats import find_format
+from .formats.scales import scale_of
 from .loader import Loader
 from .pieces import write
 from .schedule import Batch
@@ -17,7 +19,7 @@ __all__ = ["stored_scalars", "write_scalars"]
 
 
 def write_scalars(
-    batch: Batch, values: Mapping[str, torch.Tensor], loader: Loader, out: ShardWriter
+    batch: Batch, values: Mapping[str, NDArray[np.floating]], loader: Loader, out: ShardWriter
 ) -> None:
     """Write the scalars of a batch, its input scales too.
 
@@ -32,27 +34,26 @@ def write_scalars(
             continue
         is_input = region.role == "input_scale"
         value = _input_scale(batch, loader) if is_input else values[region.role]
-        value = value.reshape(batch.count, -1).expand(-1, len(job.rows))
+        value = np.broadcast_to(value.reshape(batch.count, -1), (batch.count, len(job.rows)))
         if job.is_stacked:
             value = value[0, :1]
         if region.role in job.inverse:
-            value = torch.ones_like(value) / value
-        contiguous = value.float().clone(memory_format=torch.contiguous_format)
-        write(out, region.offset + batch.start * region.slab_nbytes, contiguous)
+            value = 1 / value
+        write(out, region.offset + batch.start * region.slab_nbytes, value.astype(np.float32))
 
 
-def _input_scale(batch: Batch, loader: Loader) -> torch.Tensor:
+def _input_scale(batch: Batch, loader: Loader) -> NDArray[np.floating]:
     """Activation scales: from statistics, from the source, or 1.0."""
     job = batch.job
     if job.input_amax is not None:
-        scale = find_format(job.format).codec().input_scale(torch.full((1,), job.input_amax))
-        return scale.expand(batch.count)
+        amax = np.full(batch.count, job.input_amax, np.float32)
+        return scale_of(amax, find_format(job.format).largest)
     if job.is_recoded and job.encoded.has_input_scale:
         return stored_scalars(batch, "input_scale", loader)
-    return torch.ones(batch.count)
+    return np.ones(batch.count, np.float32)
 
 
-def stored_scalars(batch: Batch, role: str, loader: Loader) -> torch.Tensor:
+def stored_scalars(batch: Batch, role: str, loader: Loader) -> NDArray[np.float64]:
     """A scalar of the source for every output matrix, as it multiplies: float64 [B, P].
 
     Raises:
@@ -61,13 +62,13 @@ def stored_scalars(batch: Batch, role: str, loader: Loader) -> torch.Tensor:
     job = batch.job
     found = loader.scalars(batch, role)
     must_agree = role == "global_scale" and job.format.startswith("nvfp4")
-    for b in (found != found[:, :1]).any(1).nonzero().flatten().tolist() if must_agree else ():
+    for b in np.flatnonzero((found != found[:, :1]).any(1)).tolist() if must_agree else ():
         raise CheckpointError(
             f"{show(batch.slabs[b].labels[0])} and {show(batch.slabs[b].labels[-1])}: have "
             f"different global scales, {' and '.join(map(str, found[b].tolist()))}, and "
             "runtimes use one for both; convert with --format bf16 first, then again"
         )
-    found = found.double()  # the reciprocal of a reciprocal is the number again
+    exact = found.astype(np.float64)  # the reciprocal of a reciprocal is the number again
     if role in job.encoded.inverse:
-        found = torch.ones_like(found) / found
-    return found.expand(batch.count, len(job.rows))
+        exact = 1 / exact
+    return np.broadcast_to(exact, (batch.count, len(job.rows)))

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from .amax_file import amax_text, source_digest
 from .checkpoint import open_source
 from .dialects import find_dialect
 from .dtypes import FLOATS
+from .engines import Backend
 from .errors import OutputRefusedError, Problems, show
 from .formats import find_format
 from .layouts import Detection, Given, detect
@@ -32,7 +31,7 @@ def scan(
     in_dir: str | os.PathLike[str],
     out_file: str | os.PathLike[str],
     *,
-    device: torch.device,
+    backend: Backend,
     layout: str | None = None,
     gate_up_order: str | None = None,
     overwrite: bool = False,
@@ -43,7 +42,7 @@ def scan(
     Args:
         in_dir: a checkpoint folder.
         out_file: the file, for `convert`'s ``weight_amax``.
-        device: where to compute; it changes no number.
+        backend: where to compute; it changes no number.
         layout: see `make_plan`.
         gate_up_order: see `make_plan`.
         overwrite: replace the file if it is there.
@@ -64,7 +63,7 @@ def scan(
     found = detect(weights.tensors, source.config, Given(layout, gate_up_order))
     jobs = list(_jobs(weights, found))
     modules: dict[str, float] = {}
-    budget = budget_for(device.type)
+    budget = budget_for(backend)
 
     def done(made: tuple[Batch, list[float]]) -> None:
         batch, amax = made
@@ -74,7 +73,7 @@ def scan(
             progress(batch.nbytes)
 
     with environment_faults():
-        with pool_over(source.shards.values(), device, budget) as pool:
+        with pool_over(source.shards.values(), backend, budget) as pool:
             pool.run((partial(_amax, batch=b) for job in jobs for b in batches(job, budget)), done)
         partial_file = path.with_name(f"{path.name}.partial")
         try:

@@ -8,8 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .plan import Job, Plan, Slab
+
+if TYPE_CHECKING:
+    from .engines import Backend
 
 __all__ = ["CPU", "Batch", "Budget", "batches", "budget_for", "peak_nbytes"]
 
@@ -58,9 +62,9 @@ CPU = Budget(16 * _MIB, 1 << 18, min(8, len(os.sched_getaffinity(0))))
 CUDA = Budget(64 * _MIB, 1 << 24, 2)
 
 
-def budget_for(device_type: str) -> Budget:
-    """The buffers for "cpu" or "cuda"."""
-    return CUDA if device_type == "cuda" else CPU
+def budget_for(backend: Backend) -> Budget:
+    """The buffers for a backend."""
+    return CUDA if backend.is_cuda else CPU
 
 
 def batches(job: Job, budget: Budget) -> Iterator[Batch]:

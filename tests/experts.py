@@ -10,12 +10,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from with_scales import encode
 
-from moe_ckpt.formats import fp8_tensor, nvfp4
+from moe_ckpt.formats import find_format
 
 CODECS = {
-    "nvfp4": (nvfp4, {"qweight": "", "block_scale": "_scale", "global_scale": "_scale_2"}),
-    "fp8-tensor": (fp8_tensor, {"qweight": "", "global_scale": "_scale"}),
+    "nvfp4": (
+        find_format("nvfp4"),
+        {"qweight": "", "block_scale": "_scale", "global_scale": "_scale_2"},
+    ),
+    "fp8-tensor": (find_format("fp8-tensor"), {"qweight": "", "global_scale": "_scale"}),
 }
 
 
@@ -98,7 +102,7 @@ def expected_parts(matrices, number_format):
             amax = torch.stack([projections[n].abs().max() for n in names]).float().max().view(1)
             for name in names:
                 weight = projections[name].contiguous()[None]
-                parts = codec.quantize(weight, amax) | codec.weight_scales(amax)
+                parts = encode(codec, weight, amax)
                 found |= {
                     f"{module}.{name}.weight{suffix}": parts[role][0]
                     for role, suffix in suffixes.items()

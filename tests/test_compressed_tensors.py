@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from with_scales import encode
 
 from moe_ckpt.formats import e2m1, e8m0, find_format
-from moe_ckpt.formats.amax import abs_max
 
 pytest.importorskip("compressed_tensors")
 
@@ -55,9 +55,7 @@ def theirs(name):
 def ours(name, w):
     """All parts of one matrix, B = 1."""
     row = find_format(name)
-    amax = abs_max(w.flatten(1))
-    parts = row.codec().quantize(w, abs_max(w) if row.amax_of_rows else amax)
-    return parts | row.codec().weight_scales(amax)
+    return encode(row, w)
 
 
 def scales_of(name, parts):

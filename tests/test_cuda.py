@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import FIXTURES, read_files
+from with_scales import amax_for, scale_for
 
 import moe_ckpt
 from moe_ckpt.conversion import execute
+from moe_ckpt.engines import backend_for
 from moe_ckpt.errors import InputError
-from moe_ckpt.formats import FORMATS, nvfp4_from_mxfp4
-from moe_ckpt.formats.amax import abs_max, scale_of
+from moe_ckpt.formats import FORMATS
+from moe_ckpt.formats.amax import scale_of
 from moe_ckpt.schedule import Budget
 
 pytestmark = [
@@ -52,9 +54,9 @@ CASES = [case for case in CASES if planned(case[0], case[1], quantize=case[2], e
 def test_same_files(tmp_path, model, row, quantize, experts, stage_nbytes):
     """Whole slabs and pieces of them, transposed, interleaved and not, split and fused."""
     plan = planned(model, row, quantize=quantize, experts=experts)
-    execute(plan, tmp_path / "cpu", device=torch.device("cpu"))
+    execute(plan, tmp_path / "cpu", backend=backend_for("cpu"))
     budget = Budget(stage_nbytes, 1 << 12, 2)
-    execute(plan, tmp_path / "cuda", device=torch.device("cuda"), budget=budget)
+    execute(plan, tmp_path / "cuda", backend=backend_for("cuda"), budget=budget)
     assert read_files(tmp_path / "cpu") == read_files(tmp_path / "cuda")
 
 
@@ -63,13 +65,13 @@ def test_same_files(tmp_path, model, row, quantize, experts, stage_nbytes):
 def test_same_files_from_quantized_sources(tmp_path, row, target):
     """Decoded, recoded, and quantized again."""
     plan = planned("qwen3_moe_wide", row, quantize="linear")
-    execute(plan, tmp_path / "in", device=torch.device("cpu"))
+    execute(plan, tmp_path / "in", backend=backend_for("cpu"))
     again = moe_ckpt.make_plan(
         tmp_path / "in", format=target, quantize="linear", allow_requantize=True
     )
     budget = Budget(20_000, 1 << 12, 2)
-    execute(again, tmp_path / "cpu", device=torch.device("cpu"))
-    execute(again, tmp_path / "cuda", device=torch.device("cuda"), budget=budget)
+    execute(again, tmp_path / "cpu", backend=backend_for("cpu"))
+    execute(again, tmp_path / "cuda", backend=backend_for("cuda"), budget=budget)
     assert read_files(tmp_path / "cpu") == read_files(tmp_path / "cuda")
 
 
@@ -83,8 +85,9 @@ def test_same_bytes_for_adversarial_weights(row, dtype):
     w *= torch.logspace(-30, 3, 8).view(-1, 1, 1) if dtype != torch.float16 else 0.01
     w[3] = -0.0
     w = w.to(dtype)
-    amax = abs_max(w) if row.amax_of_rows else abs_max(w.flatten(1))
-    cpu, cuda = row.codec().quantize(w, amax), row.codec().quantize(w.cuda(), amax.cuda())
+    scale = scale_for(row, amax_for(row, w))
+    cpu = row.codec().quantize(w, scale)
+    cuda = row.codec().quantize(w.cuda(), None if scale is None else scale.cuda())
     for role, tensor in cpu.items():
         assert torch.equal(tensor.view(torch.uint8), cuda[role].cpu().view(torch.uint8)), role
 
@@ -94,19 +97,3 @@ def test_same_scales_for_every_bfloat16(largest):
     """A division by a Python number would miss the last bit of many on CUDA."""
     amax = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16).float()
     assert torch.equal(scale_of(amax, largest), scale_of(amax.cuda(), largest).cpu())
-
-
-def test_same_bytes_of_a_cast_from_mxfp4():
-    torch.manual_seed(0)
-    parts = {
-        "qweight": torch.randint(0, 256, (2, 64, 512), dtype=torch.uint8),
-        "block_scale": torch.randint(90, 130, (2, 64, 32), dtype=torch.uint8),
-    }
-    largest = nvfp4_from_mxfp4.max_exponent(parts)
-    cpu, inexact = nvfp4_from_mxfp4.cast(parts, largest)
-    on_cuda = {role: tensor.cuda() for role, tensor in parts.items()}
-    assert torch.equal(nvfp4_from_mxfp4.max_exponent(on_cuda).cpu(), largest)
-    cuda, also_inexact = nvfp4_from_mxfp4.cast(on_cuda, largest.cuda())
-    assert inexact == also_inexact > 0
-    for role, tensor in cpu.items():
-        assert torch.equal(tensor.view(torch.uint8), cuda[role].cpu().view(torch.uint8)), role

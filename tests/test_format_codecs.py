@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from with_scales import amax_for, encode, scale_for
 
 from moe_ckpt.formats import (
     FORMATS,
@@ -16,10 +18,7 @@ from moe_ckpt.formats import (
     e8m0,
     find_format,
     fp8_block,
-    fp8_channel,
-    fp8_tensor,
     int4,
-    int8_channel,
     mxfp4,
     mxfp8,
     nvfp4,
@@ -29,7 +28,7 @@ from moe_ckpt.formats.amax import abs_max
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 TINY = 2.0**-126
-NONE = torch.zeros(0)  # the amax of codecs that find their own
+NONE = None  # the scale of codecs that find their own
 
 
 def vector():
@@ -51,10 +50,7 @@ def words(tensor):
 
 def quantize(name, w):
     """All parts of the weights, scalars included."""
-    row = find_format(name)
-    matrix_amax = abs_max(w.flatten(1))
-    parts = row.codec().quantize(w, abs_max(w) if row.amax_of_rows else matrix_amax)
-    return parts | row.codec().weight_scales(matrix_amax)
+    return encode(find_format(name), w)
 
 
 def decoded(name, w):
@@ -105,7 +101,7 @@ def test_int4_reference_vector():
 
 def test_fp8_channel_reference_vector():
     """Of compressed-tensors 0.19 in float32."""
-    parts = fp8_channel.quantize(vector(), abs_max(vector()))
+    parts = quantize("fp8-channel", vector())
     assert parts["channel_scale"].flatten().tolist() == [0.00439453125, 0.0042550223879516125]
     assert hexes(parts["qweight"])[0].startswith("fe6afa76f27bdbfd6ff878ef7d5bfb72")
 
@@ -382,21 +378,21 @@ def test_fp8_block_at_the_edges_is_as_if_zeros_followed(n, k, dtype):
 
 @pytest.mark.parametrize("narrow", ["bfloat16", "float16", "float8_e8m0fnu"])
 @pytest.mark.parametrize(
-    ("codec", "role"),
+    ("row", "role"),
     [
-        (fp8_tensor, "global_scale"),
-        (fp8_channel, "channel_scale"),
-        (fp8_block, "block_scale"),
-        (int8_channel, "channel_scale"),
-        (int4.G32, "block_scale"),
+        ("fp8-tensor", "global_scale"),
+        ("fp8-channel", "channel_scale"),
+        ("fp8-block", "block_scale"),
+        ("int8-channel", "channel_scale"),
+        ("int4-g32", "block_scale"),
     ],
 )
-def test_scales_of_any_width_are_decoded_exactly(codec, role, narrow):
+def test_scales_of_any_width_are_decoded_exactly(row, role, narrow):
     if not hasattr(torch, narrow):
         pytest.skip(f"this torch has no {narrow}")
     w = torch.randn(2, 130, 160)
-    parts = codec.quantize(w, abs_max(w) if role == "channel_scale" else abs_max(w.flatten(1)))
-    parts |= codec.weight_scales(abs_max(w.flatten(1)))
+    parts = quantize(row, w)
+    codec = find_format(row).codec()
     parts[role] = parts[role].to(getattr(torch, narrow))
     wide = parts | {role: parts[role].float()}
     found = codec.dequantize(parts)
@@ -406,19 +402,11 @@ def test_scales_of_any_width_are_decoded_exactly(codec, role, narrow):
 
 def test_nvfp4_decodes_with_a_divisor():
     w = torch.randn(2, 4, 64)
-    amax = abs_max(w.flatten(1))
-    parts = nvfp4.quantize(w, amax)
-    divisor = 1 / nvfp4.weight_scales(amax)["global_scale"]
+    parts = quantize("nvfp4", w)
+    divisor = 1 / parts["global_scale"]
     scale = parts["block_scale"].float() / divisor.view(2, 1, 1)
     want = e2m1.decode(parts["qweight"]) * scale.repeat_interleave(16, -1)
     assert torch.equal(nvfp4.dequantize(parts | {"global_divisor": divisor}), want)
-
-
-@pytest.mark.parametrize("codec", [mxfp8, fp8_block, int4.G64, bf16], ids=str)
-def test_without_static_scales_there_are_none(codec):
-    assert codec.weight_scales(torch.ones(1)) == {}
-    with pytest.raises(NotImplementedError):
-        codec.input_scale(torch.ones(1))
 
 
 # Chunks.
@@ -439,8 +427,8 @@ def test_chunks_give_the_bytes_of_the_whole(data):
     B = data.draw(st.integers(1, 3))
     torch.manual_seed(data.draw(st.integers(0, 99)))
     w = (torch.randn(B, N, K) * torch.randn(B, N, 1)).to(data.draw(st.sampled_from(FLOATS)))
-    amax = abs_max(w) if row.amax_of_rows else abs_max(w.flatten(1))
-    whole = codec.quantize(w, amax)
+    scale = scale_for(row, amax_for(row, w))
+    whole = codec.quantize(w, scale)
     n0 = row_step * data.draw(st.integers(0, (N - 1) // row_step))
     k0 = column_step * data.draw(st.integers(0, (K - 1) // column_step))
     b0 = data.draw(st.integers(0, B - 1))
@@ -450,12 +438,13 @@ def test_chunks_give_the_bytes_of_the_whole(data):
     for role, part in shapes.items():
         columns = 0 if part.columns > 1 << 60 else k0 // part.columns
         views[role] = (slice(b0, None), slice(n0 // part.rows, None), slice(columns, None))
+    of_chunk = None if scale is None else scale[(slice(b0, None), slice(n0, None))[: scale.ndim]]
     made = codec.quantize(
         w[b0:, n0:, k0:],
-        amax[b0:, n0:] if row.amax_of_rows else amax[b0:],
+        of_chunk,
         {role: out[role][view] for role, view in views.items()},
     )
-    fresh = codec.quantize(w[b0:, n0:, k0:], amax[b0:, n0:] if row.amax_of_rows else amax[b0:])
+    fresh = codec.quantize(w[b0:, n0:, k0:], of_chunk)
     for role, view in views.items():
         assert same(made[role], whole[role][view])
         assert same(out[role][view], whole[role][view])
@@ -476,9 +465,21 @@ def mx(blocks, exponents):
 
 
 def cast(parts, largest=None):
-    largest = nvfp4_from_mxfp4.max_exponent(parts) if largest is None else torch.tensor([largest])
-    made, inexact = nvfp4_from_mxfp4.cast(parts, largest.int())
-    return made | {"global_scale": nvfp4_from_mxfp4.global_scale(largest.int())}, inexact
+    """The parts of NVFP4, and how many blocks are not the same."""
+    largest = max_exponent(parts) if largest is None else np.array([largest], np.int32)
+    shape = parts["qweight"].shape
+    made = {"qweight": np.empty(shape, np.uint8)}
+    made["block_scale"] = np.empty((*shape[:2], shape[2] // 8), np.uint8)
+    arrays = {role: tensor.numpy() for role, tensor in parts.items()}
+    inexact = nvfp4_from_mxfp4.cast(arrays, largest, made)
+    found = {role: torch.from_numpy(items) for role, items in made.items()}
+    found["block_scale"] = found["block_scale"].view(torch.float8_e4m3fn)
+    found["global_scale"] = torch.from_numpy(nvfp4_from_mxfp4.global_scale(largest))
+    return found, inexact
+
+
+def max_exponent(parts):
+    return nvfp4_from_mxfp4.max_exponent({role: tensor.numpy() for role, tensor in parts.items()})
 
 
 SIX, ONE, ZERO = [6.0] * 32, [1.0, -1.0] * 16, [0.0] * 32
@@ -528,13 +529,13 @@ def test_mxfp4_that_is_too_small_rounds_half_to_even_and_is_counted():
 def test_mxfp4_zeros_take_no_part_and_keep_their_codes():
     parts = mx([ONE, ZERO, ZERO], [0, 100, -127])
     parts["qweight"][0, 0, 16:32] = 0x80
-    assert nvfp4_from_mxfp4.max_exponent(parts).tolist() == [0]
+    assert max_exponent(parts).tolist() == [0]
     made, inexact = cast(parts)
     assert inexact == 0
     assert made["block_scale"].float().flatten().tolist() == [256, 256, 1, 1, 1, 1]
     assert same(made["qweight"], parts["qweight"])
     zeros = mx([ZERO], [5])
-    assert nvfp4_from_mxfp4.max_exponent(zeros).tolist() == [nvfp4_from_mxfp4.NO_EXPONENT]
+    assert max_exponent(zeros).tolist() == [nvfp4_from_mxfp4.NO_EXPONENT]
     made, inexact = cast(zeros)
     assert (inexact, made["global_scale"].item()) == (0, 1)
     assert nvfp4_from_mxfp4.NO_EXPONENT < -127  # so that it loses against any other
@@ -561,10 +562,10 @@ def test_mxfp4_cast_writes_into_views_and_shares_a_larger_exponent():
     alone, _ = cast(parts)
     shared, _ = cast(parts, 4)
     assert torch.equal(nvfp4.dequantize(alone), nvfp4.dequantize(shared))
-    out = {"qweight": torch.zeros(1, 1, 64, dtype=torch.uint8)}
-    out["block_scale"] = torch.zeros(1, 1, 8).to(torch.float8_e4m3fn)
+    out = {"qweight": np.zeros((1, 1, 64), np.uint8), "block_scale": np.zeros((1, 1, 8), np.uint8)}
     views = {"qweight": out["qweight"][..., 32:], "block_scale": out["block_scale"][..., 4:]}
-    nvfp4_from_mxfp4.cast(parts, torch.tensor([4], dtype=torch.int32), views)
-    assert same(views["qweight"], shared["qweight"])
-    assert same(views["block_scale"], shared["block_scale"])
-    assert same(out["qweight"][..., :32], torch.zeros(1, 1, 32, dtype=torch.uint8))
+    arrays = {role: tensor.numpy() for role, tensor in parts.items()}
+    nvfp4_from_mxfp4.cast(arrays, np.array([4], np.int32), views)
+    for role, view in views.items():
+        assert view.tobytes() == shared[role].view(torch.uint8).numpy().tobytes()
+    assert not out["qweight"][..., :32].any()

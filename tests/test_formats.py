@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from with_scales import encode
 
 from moe_ckpt.fitting import formats_that_fit, tensor_parallel_sizes
-from moe_ckpt.formats import FORMATS, e2m1, find_format, fp8_tensor, nvfp4
+from moe_ckpt.formats import FORMATS, e2m1, find_format
 from moe_ckpt.formats.amax import abs_max
+from moe_ckpt.formats.scales import scale_of
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 DTYPES = {
@@ -71,27 +74,24 @@ def test_nvfp4_reference_vector():
     w[16:32] *= 0.01
     w[48:64] = 0
     w = w.to(torch.bfloat16).view(1, 2, 32)
-    amax = abs_max(w.flatten(1))
-    parts = nvfp4.quantize(w, amax)
-    assert amax.item() == 1.96875
-    assert nvfp4.weight_scales(amax)["global_scale"].item() == 0.000732421875
+    parts = encode(find_format("nvfp4"), w)
+    assert parts["global_scale"].item() == 1.96875 / 2688 == 0.000732421875
     assert parts["block_scale"].view(torch.uint8).flatten().tolist() == [126, 73, 126, 56]
     rows = [bytes(row.tolist()).hex() for row in parts["qweight"][0]]
     assert rows == ["2f5e6cf9e3b6174e6d7ae2c5963f5e7c", "f0d4a6175e6df9e20000000000000000"]
 
 
-@pytest.mark.parametrize("codec", [nvfp4, fp8_tensor])
-def test_the_amax_decides_not_the_matrix(codec):
+@pytest.mark.parametrize("name", ["nvfp4", "fp8-tensor"])
+def test_the_amax_decides_not_the_matrix(name):
     """Gate and up share the larger amax: the smaller one must be quantized with it."""
     w = torch.full((1, 2, 16), 0.5)
-    alone = codec.quantize(w, torch.tensor([0.5]))
-    shared = codec.quantize(w, torch.tensor([2.0]))
+    row = find_format(name)
+    alone, shared = encode(row, w, torch.tensor([0.5])), encode(row, w, torch.tensor([2.0]))
     assert not all(
         torch.equal(alone[role].view(torch.uint8), shared[role].view(torch.uint8)) for role in alone
     )
-    for parts, amax in ((alone, 0.5), (shared, 2.0)):
-        scales = codec.weight_scales(torch.tensor([amax]))
-        assert torch.allclose(codec.dequantize(parts | scales), w, rtol=0.07)
+    for parts in (alone, shared):
+        assert torch.allclose(row.codec().dequantize(parts), w, rtol=0.07)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -107,15 +107,14 @@ def test_abs_max_is_not_finite_if_a_value_is_not(dtype, bad):
 def test_rows_describe_what_the_module_makes(row):
     n, k = 130, 256
     w = torch.randn(1, n, k)
-    made = row.codec().quantize(w, abs_max(w) if row.amax_of_rows else abs_max(w.flatten(1)))
-    scalars = row.codec().weight_scales(torch.ones(1))
-    assert made.keys() | scalars.keys() == {part.role for part in row.parts} - {"input_scale"}
+    made = encode(row, w)
+    assert made.keys() == {part.role for part in row.parts} - {"input_scale"}
     for part in row.parts:
         if part.role == "input_scale":
             assert row.input_scale
-            assert row.codec().input_scale(torch.zeros(1)) == 1
+            assert scale_of(np.zeros(1, np.float32), row.largest) == 1
             continue
-        tensor = scalars[part.role] if part.is_scalar else made[part.role]
+        tensor = made[part.role]
         assert tensor.dtype == DTYPES[part.dtype]
         assert tuple(tensor.shape[1:]) == part.shape(n, k)
         if not part.is_scalar:

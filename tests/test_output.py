@@ -8,11 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import FIXTURES, read_files, run_cli
 from safetensors.torch import load_file, save_file
 
 import moe_ckpt
+from moe_ckpt.engines import backend_for
 from moe_ckpt.errors import CheckpointError, EnvironmentFaultError, OutputRefusedError
 
 SOURCE = FIXTURES / "qwen3_moe" / "source"
@@ -253,7 +253,7 @@ def test_a_shard_that_changes_after_planning_is_noticed(source, tmp_path):
     path = next(source.glob("*.safetensors"))
     os.utime(path, ns=(1, 1))
     with pytest.raises(EnvironmentFaultError, match=path.name):
-        execute(plan, tmp_path / "out", device=torch.device("cpu"))
+        execute(plan, tmp_path / "out", backend=backend_for("cpu"))
     assert not (tmp_path / "out").exists()
 
 

@@ -13,10 +13,12 @@ from conftest import FIXTURES, read_files, read_json, read_tensors
 from experts import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from with_scales import encode
 
 import moe_ckpt
 from moe_ckpt.checkpoint import Source
 from moe_ckpt.conversion import execute
+from moe_ckpt.engines import backend_for
 from moe_ckpt.errors import MoeCkptError
 from moe_ckpt.formats import find_format
 from moe_ckpt.headers import TensorInfo
@@ -111,7 +113,7 @@ def test_blocks_are_decoded_whatever_is_read_at_once(tmp_path, budget):
     """A piece may begin inside a block of up, which follows rows of gate that fill none."""
     _, decoded = make(tmp_path, "fp8-block-F32", 192, 320, beside=False)
     plan = moe_ckpt.make_plan(tmp_path / "in", format="bf16")
-    execute(plan, tmp_path / "out", device=torch.device("cpu"), budget=Budget(*budget, 2))
+    execute(plan, tmp_path / "out", backend=backend_for("cpu"), budget=Budget(*budget, 2))
     same(load(tmp_path / "out"), {name: w.bfloat16() for name, w in decoded.items()})
 
 
@@ -248,7 +250,6 @@ CUTS = [None, Budget(20000, 5000, 2)]  # for sizes of 128 and more
 def requantized(decoded, target):
     """The parts of decoded weights, by weight name and role, gate and up with one amax."""
     row = find_format(target)
-    codec = row.codec()
     for name, weight in decoded.items():
         pair = ("gate_proj", "up_proj") if "down_proj" not in name else ("down_proj",)
         leaf = name.split(".")[-2]
@@ -256,9 +257,7 @@ def requantized(decoded, target):
         amax = torch.stack([decoded[other].abs().amax() for other in near]).amax().view(1)
         if row.amax_of_rows:
             amax = weight.abs().amax(-1)[None]
-        parts = codec.quantize(weight.contiguous()[None], amax)
-        if not row.amax_of_rows:
-            parts |= codec.weight_scales(amax)
+        parts = encode(row, weight.contiguous()[None], amax)
         for role, value in parts.items():
             yield name, role, value[0]
 
@@ -288,7 +287,7 @@ def test_requantizing_is_quantizing_the_decoded_weights(tmp_path, key, target):
     outs = []
     for number, budget in enumerate(CUTS):
         out = tmp_path / f"out{number}"
-        execute(plan, out, device=torch.device("cpu"), budget=budget)
+        execute(plan, out, backend=backend_for("cpu"), budget=budget)
         outs.append(read_files(out))
     assert all(files == outs[0] for files in outs)
     found = load(tmp_path / "out0")
@@ -313,7 +312,7 @@ def test_requantizing_fused_experts(tmp_path, kind, target):
         return
     plan = moe_ckpt.make_plan(tmp_path / "in", format=target, experts="split")
     for number, budget in enumerate(CUTS):
-        execute(plan, tmp_path / f"out{number}", device=torch.device("cpu"), budget=budget)
+        execute(plan, tmp_path / f"out{number}", backend=backend_for("cpu"), budget=budget)
     assert len({str(read_files(tmp_path / f"out{n}")) for n in range(len(CUTS))}) == 1
     found = load(tmp_path / "out0")
     for name, role, value in requantized(decoded, target):
@@ -374,7 +373,7 @@ def test_fused_fp8_blocks_become_split_ones(tmp_path):
                 for name, half in zip(names, matrix.chunk(len(names)), strict=True):
                     expected[f"{S.QWEN}.{e}.{name}.weight{suffix}"] = half
     for number, budget in enumerate(CUTS):
-        execute(plan, tmp_path / str(number), device=torch.device("cpu"), budget=budget)
+        execute(plan, tmp_path / str(number), backend=backend_for("cpu"), budget=budget)
         same(load(tmp_path / str(number)), expected)
 
 
@@ -419,7 +418,7 @@ def test_gpt_oss_becomes_split_mxfp4(tmp_path):
     tensors, _ = gpt_oss(tmp_path, 64, 96)
     plan = moe_ckpt.make_plan(tmp_path / "in", format="mxfp4", experts="split")
     for number, budget in enumerate(BUDGETS):
-        execute(plan, tmp_path / str(number), device=torch.device("cpu"), budget=budget)
+        execute(plan, tmp_path / str(number), backend=backend_for("cpu"), budget=budget)
         found = load(tmp_path / str(number))
         for leaf, names in (
             ("gate_up_proj", ("gate_proj", "up_proj")),
@@ -443,7 +442,7 @@ def decoded_nvfp4(found, name):
 def test_mxfp4_becomes_nvfp4_exactly(tmp_path, budget):
     _, decoded = gpt_oss(tmp_path, 64, 96, step=4)
     plan = moe_ckpt.make_plan(tmp_path / "in", format="nvfp4", experts="split")
-    done = execute(plan, tmp_path / "out", device=torch.device("cpu"), budget=budget)
+    done = execute(plan, tmp_path / "out", backend=backend_for("cpu"), budget=budget)
     found = load(tmp_path / "out")
     assert done.inexact_blocks == 0
     assert all(torch.equal(decoded_nvfp4(found, name), w) for name, w in decoded.items())
@@ -454,7 +453,7 @@ def test_fused_mxfp4_becomes_fused_nvfp4_exactly(tmp_path, budget):
     """In the names and shapes of ModelOpt's own export."""
     _tensors, decoded = gpt_oss(tmp_path, 64, 96, step=4)
     plan = moe_ckpt.make_plan(tmp_path / "in", format="nvfp4", experts="fused")
-    done = execute(plan, tmp_path / "out", device=torch.device("cpu"), budget=budget)
+    done = execute(plan, tmp_path / "out", backend=backend_for("cpu"), budget=budget)
     assert done.inexact_blocks == 0
     found = load(tmp_path / "out")
     for leaf in ("gate_up_proj", "down_proj"):
@@ -487,7 +486,7 @@ def test_fused_mxfp4_becomes_the_model_before_it_was_quantized(tmp_path, i, h, s
     assert plan.experts_as == "fused"
     assert "transformers" in plan.loaders
     budget = Budget(stage_nbytes, 1 << 12, 2)
-    execute(plan, tmp_path / "out", device=torch.device("cpu"), budget=budget)
+    execute(plan, tmp_path / "out", backend=backend_for("cpu"), budget=budget)
     found = load(tmp_path / "out")
     for leaf in ("gate_up_proj", "down_proj"):
         blocks, scales = (tensors[f"{S.QWEN}.{leaf}_{part}"] for part in ("blocks", "scales"))
@@ -502,7 +501,7 @@ def test_fused_mxfp4_becomes_the_model_before_it_was_quantized(tmp_path, i, h, s
 def test_fused_mxfp4_becomes_the_fused_bf16_that_runtimes_read(tmp_path, budget):
     _tensors, decoded = gpt_oss(tmp_path, 64, 96, step=4)
     plan = moe_ckpt.make_plan(tmp_path / "in", format="bf16")
-    execute(plan, tmp_path / "out", device=torch.device("cpu"), budget=budget)
+    execute(plan, tmp_path / "out", backend=backend_for("cpu"), budget=budget)
     found = load(tmp_path / "out")
     for e in range(3):
         gate_up, down = (found[f"{S.QWEN}.{n}"][e].T for n in ("gate_up_proj", "down_proj"))
@@ -525,7 +524,7 @@ def test_blocks_that_nvfp4_cannot_hold_are_counted(tmp_path, as_, budget):
     scales[1, 3, 0] = 127 - 30
     gpt_oss(tmp_path, 64, 64, count=2, **{k: t for k, t in tensors.items() if "down_proj_" in k})
     plan = moe_ckpt.make_plan(tmp_path / "in", format="nvfp4", experts=as_)
-    done = execute(plan, tmp_path / "out", device=torch.device("cpu"), budget=budget)
+    done = execute(plan, tmp_path / "out", backend=backend_for("cpu"), budget=budget)
     assert done.inexact_blocks == 2
 
 
@@ -537,7 +536,7 @@ def test_the_largest_exponent_may_lie_in_any_piece(tmp_path, budget):
     scales[:, -1, -1] = 127 + 17
     gpt_oss(tmp_path, 64, 64, count=2, **{f"{S.QWEN}.down_proj_scales": scales})
     plan = moe_ckpt.make_plan(tmp_path / "in", format="nvfp4", experts="split")
-    done = execute(plan, tmp_path / "out", device=torch.device("cpu"), budget=budget)
+    done = execute(plan, tmp_path / "out", backend=backend_for("cpu"), budget=budget)
     assert done.inexact_blocks == 0
     name = f"{S.QWEN}.1.down_proj.weight"
     assert float(load(tmp_path / "out")[f"{name}_scale_2"]) == 2.0 ** (17 - 8)
@@ -645,7 +644,7 @@ def test_codes_and_scales_that_are_nan_are_named_where_they_lie(tmp_path, target
         S.save(tmp_path / f"in{number}", changed, S.FP8, count=2, i=256, h=128)
         plan = moe_ckpt.make_plan(tmp_path / f"in{number}", format=target)
         with pytest.raises(moe_ckpt.CheckpointError, match=words) as caught:
-            execute(plan, tmp_path / "out", device=torch.device("cpu"), budget=budget)
+            execute(plan, tmp_path / "out", backend=backend_for("cpu"), budget=budget)
         assert name in str(caught.value)
 
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import FIXTURES, read_files, run_cli
 from experts import CODECS, check, config_of, expected_parts, load, matrices_of, pack, write
+from with_scales import encode
 
 import moe_ckpt
 from moe_ckpt.conversion import execute
-from moe_ckpt.formats import nvfp4
+from moe_ckpt.engines import backend_for
+from moe_ckpt.formats import find_format, nvfp4
 from moe_ckpt.layouts.family import CONCAT, Form
 from moe_ckpt.layouts.table import FAMILIES
 from moe_ckpt.schedule import Budget
@@ -93,8 +95,8 @@ def test_no_byte_depends_on_the_budget(tmp_path, kind, budget, as_):
         family, form = next((f, o) for f, o in FORMS if f.fused_loaders)
     make(tmp_path / "in", family, form, 48, 32)
     plan = moe_ckpt.make_plan(tmp_path / "in", experts=as_)
-    execute(plan, tmp_path / "a", device=torch.device("cpu"))
-    execute(plan, tmp_path / "b", device=torch.device("cpu"), budget=budget)
+    execute(plan, tmp_path / "a", backend=backend_for("cpu"))
+    execute(plan, tmp_path / "b", backend=backend_for("cpu"), budget=budget)
     assert read_files(tmp_path / "a") == read_files(tmp_path / "b")
 
 
@@ -122,7 +124,7 @@ def test_fused_output_is_the_source_quantized_in_place(tmp_path, number_format, 
             continue
         weight = stored.transpose(1, 2).contiguous()
         amax = weight.abs().max().float().view(1)
-        parts = codec.quantize(weight, amax.expand(E)) | codec.weight_scales(amax)
+        parts = encode(codec, weight, amax.expand(E))
         for role, suffix in suffixes.items():
             part = parts[role]
             key = f"{name}_weight{suffix}" if suffix else name
@@ -148,7 +150,7 @@ def test_split_decodes_to_the_quantized_matrices_of_the_source(tmp_path, model):
                 halves = [weight[0::2], weight[1::2]] if model == "gpt_oss" else weight.chunk(2)
             amax = weight.abs().max().float().view(1)
             for projection, half in zip(names, halves, strict=True):
-                parts = nvfp4.quantize(half.contiguous()[None], amax) | nvfp4.weight_scales(amax)
+                parts = encode(find_format("nvfp4"), half.contiguous()[None], amax)
                 ours = {
                     role: found[f"{prefix}.{e}.{projection}.weight{suffix}"][None]
                     for role, suffix in CODECS["nvfp4"][1].items()
@@ -233,7 +235,7 @@ def test_a_weight_that_is_not_finite_is_named_in_every_piece(tmp_path, number_fo
     write(tmp_path / "in", tensors, config_of("qwen3_moe", E, 32, 48, 1))
     plan = moe_ckpt.make_plan(tmp_path / "in", format=number_format)
     with pytest.raises(moe_ckpt.CheckpointError) as caught:
-        execute(plan, tmp_path / "out", device=torch.device("cpu"), budget=budget)
+        execute(plan, tmp_path / "out", backend=backend_for("cpu"), budget=budget)
     assert f"{name}: weight is inf at row {row}, column 7;" in str(caught.value)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import moe_ckpt
 from moe_ckpt.conversion import execute
+from moe_ckpt.engines import backend_for
 from moe_ckpt.schedule import Budget
 
 E, I, H = 3, 32, 48
@@ -101,8 +102,8 @@ def test_fp8_shares_the_amax_of_gate_and_up(tmp_path):
 def test_no_byte_depends_on_the_budget(tmp_path, form, budget):
     make(tmp_path / "in", form=form, shards=3)
     plan = moe_ckpt.make_plan(tmp_path / "in")
-    execute(plan, tmp_path / "a", device=torch.device("cpu"))
-    execute(plan, tmp_path / "b", device=torch.device("cpu"), budget=budget)
+    execute(plan, tmp_path / "a", backend=backend_for("cpu"))
+    execute(plan, tmp_path / "b", backend=backend_for("cpu"), budget=budget)
     assert read_files(tmp_path / "a") == read_files(tmp_path / "b")
 
 

@@ -74,7 +74,9 @@ class QuantFormat:
     ``constant_input_scale``: without statistics, 1.0 is an accepted activation scale.
     ``shares_dense_amax``: linear layers that read the same input (q/k/v, gate/up) share one
     weight amax. The experts' gate and up share theirs in every format with one for a matrix.
-    ``amax_of_rows``: the codec wants the amax of each row, not of the matrix.
+    ``largest``: what a scale of 1 can hold, where a scale belongs to a whole matrix or row: it is
+    amax / largest. 0 where scales belong to blocks only.
+    ``amax_of_rows``: that scale belongs to a row.
     """
 
     name: str
@@ -88,6 +90,7 @@ class QuantFormat:
     input_scale: bool = False
     constant_input_scale: bool = False
     shares_dense_amax: bool = False
+    largest: float = 0.0
     amax_of_rows: bool = False
 
     def bits_per_weight(self) -> float:
@@ -115,21 +118,15 @@ class Codec(Protocol):
     def quantize(
         self,
         weight_BNK: torch.Tensor,
-        amax: torch.Tensor,
+        scale: torch.Tensor | None = None,
         out: Mapping[str, torch.Tensor] | None = None,
         scratch: Scratch | None = None,
     ) -> dict[str, torch.Tensor]:
         """Parts with rows, by role, for bf16, fp16 or fp32 weights.
 
-        ``amax`` is fp32: [B], at least the largest magnitude in each matrix, or [B, N] if the
-        format wants it for each row.
+        ``scale`` is fp32, as `scales.scale_of` makes it: [B] if the format has a scale for each
+        matrix, [B, N] if it has one for each row, and else None.
         """
-
-    def weight_scales(self, amax_B: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Scalar parts of the weights, by role: fp32 [B]."""
-
-    def input_scale(self, amax_B: torch.Tensor) -> torch.Tensor:
-        """Activation scales, fp32 [B], from activation amax."""
 
     def dequantize(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The fp32 weights [B, N, K] that the parts stand for; scalars are [B]."""
@@ -167,6 +164,7 @@ FORMATS: tuple[QuantFormat, ...] = (
         input_scale=True,
         constant_input_scale=True,
         shares_dense_amax=True,
+        largest=6.0 * 448.0,
     ),
     QuantFormat(
         name="nvfp4-w4a16",
@@ -177,6 +175,7 @@ FORMATS: tuple[QuantFormat, ...] = (
         k_multiple=16,
         parts=_NVFP4_PARTS,
         shares_dense_amax=True,
+        largest=6.0 * 448.0,
     ),
     QuantFormat(
         name="mxfp4",
@@ -208,6 +207,7 @@ FORMATS: tuple[QuantFormat, ...] = (
         weight_bits=8,
         k_multiple=1,
         parts=(Part("qweight", "F8_E4M3", 1), Part("channel_scale", "F32", WHOLE_ROW)),
+        largest=448.0,
         amax_of_rows=True,
     ),
     QuantFormat(
@@ -219,6 +219,7 @@ FORMATS: tuple[QuantFormat, ...] = (
         k_multiple=1,
         parts=(Part("qweight", "F8_E4M3", 1), Part("global_scale", "F32", 0), _INPUT_SCALE),
         input_scale=True,
+        largest=448.0,
     ),
     QuantFormat(
         name="mxfp8",
@@ -237,6 +238,7 @@ FORMATS: tuple[QuantFormat, ...] = (
         weight_bits=8,
         k_multiple=1,
         parts=(Part("qweight", "I8", 1), Part("channel_scale", "F32", WHOLE_ROW)),
+        largest=127.5,
         amax_of_rows=True,
     ),
     QuantFormat(

@@ -12,17 +12,16 @@ from collections.abc import Mapping
 
 import torch
 
-from .no_scalars import input_scale, weight_scales
 from .scratch import Scratch
 
-__all__ = ["dequantize", "input_scale", "quantize", "weight_scales"]
+__all__ = ["dequantize", "quantize"]
 
 _MAX = torch.finfo(torch.bfloat16).max
 
 
 def quantize(
     weight_BNK: torch.Tensor,
-    _amax: torch.Tensor,
+    _scale: torch.Tensor | None = None,
     out: Mapping[str, torch.Tensor] | None = None,
     scratch: Scratch | None = None,
 ) -> dict[str, torch.Tensor]:

@@ -19,10 +19,9 @@ from torch.nn.functional import pad
 
 from . import e4m3
 from .amax import abs_max, scale_of
-from .no_scalars import input_scale, weight_scales
 from .scratch import Scratch
 
-__all__ = ["BLOCK", "dequantize", "input_scale", "quantize", "weight_scales"]
+__all__ = ["BLOCK", "dequantize", "quantize"]
 
 BLOCK = 128
 
@@ -35,7 +34,7 @@ def _tiles(values_BNK: torch.Tensor) -> torch.Tensor:
 
 def quantize(
     weight_BNK: torch.Tensor,
-    _amax: torch.Tensor,
+    _scale: torch.Tensor | None = None,
     out: Mapping[str, torch.Tensor] | None = None,
     scratch: Scratch | None = None,
 ) -> dict[str, torch.Tensor]:

@@ -16,16 +16,14 @@ from collections.abc import Mapping
 import torch
 
 from . import e4m3
-from .amax import scale_of
-from .no_scalars import input_scale, weight_scales
 from .scratch import Scratch
 
-__all__ = ["dequantize", "input_scale", "quantize", "weight_scales"]
+__all__ = ["dequantize", "quantize"]
 
 
 def quantize(
     weight_BNK: torch.Tensor,
-    amax_BN: torch.Tensor,
+    scale_BN: torch.Tensor,
     out: Mapping[str, torch.Tensor] | None = None,
     scratch: Scratch | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -33,7 +31,7 @@ def quantize(
 
     Args:
         weight_BNK: bf16, fp16 or fp32, finite.
-        amax_BN: float32, at least the largest magnitude in each row.
+        scale_BN: float32, the channel scales.
         out: where to put the result, by role.
         scratch: where to keep temporaries.
 
@@ -41,7 +39,7 @@ def quantize(
         qweight e4m3 [B, N, K] and channel_scale float32 [B, N, 1].
     """
     scratch = scratch or Scratch(weight_BNK.device)
-    channel_scale = scale_of(amax_BN, e4m3.MAX).unsqueeze(-1)
+    channel_scale = scale_BN.unsqueeze(-1)
     scaled = scratch.empty("scaled", tuple(weight_BNK.shape), torch.float32).copy_(weight_BNK)
     scaled /= channel_scale
     scaled.clamp_(-e4m3.MAX, e4m3.MAX)

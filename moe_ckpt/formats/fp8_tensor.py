@@ -17,25 +17,14 @@ from collections.abc import Mapping
 import torch
 
 from . import e4m3
-from .amax import scale_of
 from .scratch import Scratch
 
-__all__ = ["dequantize", "input_scale", "quantize", "weight_scales"]
-
-
-def weight_scales(amax_B: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The scale, float32 [B], of matrices with the given amax, float32 [B]."""
-    return {"global_scale": scale_of(amax_B, e4m3.MAX)}
-
-
-def input_scale(amax_B: torch.Tensor) -> torch.Tensor:
-    """The activation scale, float32 [B], for activations of the given amax, float32 [B]."""
-    return scale_of(amax_B, e4m3.MAX)
+__all__ = ["dequantize", "quantize"]
 
 
 def quantize(
     weight_BNK: torch.Tensor,
-    amax_B: torch.Tensor,
+    scale_B: torch.Tensor,
     out: Mapping[str, torch.Tensor] | None = None,
     scratch: Scratch | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -43,7 +32,7 @@ def quantize(
 
     Args:
         weight_BNK: bf16, fp16 or fp32, finite.
-        amax_B: float32, at least the largest magnitude in each matrix.
+        scale_B: float32, the global scales.
         out: where to put the result, by role.
         scratch: where to keep temporaries.
 
@@ -51,9 +40,8 @@ def quantize(
         qweight e4m3 [B, N, K].
     """
     scratch = scratch or Scratch(weight_BNK.device)
-    scale = weight_scales(amax_B)["global_scale"].view(-1, 1, 1)
     scaled = scratch.empty("scaled", tuple(weight_BNK.shape), torch.float32).copy_(weight_BNK)
-    scaled /= scale
+    scaled /= scale_B.view(-1, 1, 1)
     scaled.clamp_(-e4m3.MAX, e4m3.MAX)
     qweight = out["qweight"].copy_(scaled) if out else scaled.to(torch.float8_e4m3fn)
     return {"qweight": qweight}

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 
-from . import no_scalars
 from .amax import abs_max, scale_of
 from .scratch import Scratch
 
@@ -29,13 +28,10 @@ class Int4:
 
     group: int
 
-    weight_scales = staticmethod(no_scalars.weight_scales)
-    input_scale = staticmethod(no_scalars.input_scale)
-
     def quantize(
         self,
         weight_BNK: torch.Tensor,
-        _amax: torch.Tensor,
+        _scale: torch.Tensor | None = None,
         out: Mapping[str, torch.Tensor] | None = None,
         scratch: Scratch | None = None,
     ) -> dict[str, torch.Tensor]:

@@ -16,17 +16,16 @@ import torch
 
 from . import e4m3, e8m0
 from .amax import abs_max
-from .no_scalars import input_scale, weight_scales
 from .scratch import Scratch
 
-__all__ = ["BLOCK", "dequantize", "input_scale", "quantize", "weight_scales"]
+__all__ = ["BLOCK", "dequantize", "quantize"]
 
 BLOCK = 32
 
 
 def quantize(
     weight_BNK: torch.Tensor,
-    _amax: torch.Tensor,
+    _scale: torch.Tensor | None = None,
     out: Mapping[str, torch.Tensor] | None = None,
     scratch: Scratch | None = None,
 ) -> dict[str, torch.Tensor]:

@@ -19,27 +19,17 @@ from collections.abc import Mapping
 import torch
 
 from . import e2m1, e4m3
-from .amax import abs_max, scale_of
+from .amax import abs_max
 from .scratch import Scratch
 
-__all__ = ["BLOCK", "dequantize", "input_scale", "quantize", "weight_scales"]
+__all__ = ["BLOCK", "dequantize", "quantize"]
 
 BLOCK = 16
 
 
-def weight_scales(amax_B: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The global scale, float32 [B], of matrices with the given amax, float32 [B]."""
-    return {"global_scale": scale_of(amax_B, e2m1.MAX * e4m3.MAX)}
-
-
-def input_scale(amax_B: torch.Tensor) -> torch.Tensor:
-    """The activation scale, float32 [B], for activations of the given amax, float32 [B]."""
-    return scale_of(amax_B, e2m1.MAX * e4m3.MAX)
-
-
 def quantize(
     weight_BNK: torch.Tensor,
-    amax_B: torch.Tensor,
+    scale_B: torch.Tensor,
     out: Mapping[str, torch.Tensor] | None = None,
     scratch: Scratch | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -47,7 +37,7 @@ def quantize(
 
     Args:
         weight_BNK: bf16, fp16 or fp32, contiguous, finite, K a multiple of 16.
-        amax_B: float32, at least the largest magnitude in each matrix.
+        scale_B: float32, the global scales.
         out: where to put the result, by role.
         scratch: where to keep temporaries.
 
@@ -56,7 +46,7 @@ def quantize(
     """
     scratch = scratch or Scratch(weight_BNK.device)
     B, N, K = weight_BNK.shape
-    global_scale = weight_scales(amax_B)["global_scale"].view(B, 1, 1)
+    global_scale = scale_B.view(B, 1, 1)
     blocks = weight_BNK.view(B, N, K // BLOCK, BLOCK)
     scale = abs_max(blocks, scratch) / (e2m1.MAX * global_scale)
     scale.masked_fill_(scale == 0, 1.0)

@@ -11,91 +11,105 @@ its codes are rounded, half to even; unless all of them are still exact, it coun
 largest exponent is that of ModelOpt (shard_cast_utils.py, k_max), but for one thing: it ignores
 blocks with byte 0, here it is the blocks without any value but zero. Those have block scale 1.0,
 and matrices of nothing else have global scale 1.0.
+
+Only bytes are moved and counted, so this is numpy on the host, whatever the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
-from . import e2m1, e8m0, mxfp4, nvfp4
-from .scratch import Scratch
+import numpy as np
+from numpy.typing import NDArray
 
 __all__ = ["NO_EXPONENT", "cast", "global_scale", "max_exponent"]
 
-NO_EXPONENT = -e8m0.BIAS - 1  # of a matrix of zeros: below all there are
+_BIAS = 127
+NO_EXPONENT = -_BIAS - 1  # of a matrix of zeros: below all there are
 _E4M3_MAX_EXPONENT, _E4M3_MIN_EXPONENT = 8, -9
 _FLOAT32_MIN_EXPONENT = -126
-_MAGNITUDES, _SIGNS = 0x77, 0x88  # of two codes
-_BYTES = mxfp4.BLOCK // 2
+_MAGNITUDES = 0x77  # of two codes
+_BYTES = 16  # of the codes of a block of 32
 
 
-def _is_zero(qweight: torch.Tensor) -> torch.Tensor:
+def _halved() -> NDArray[np.uint8]:
+    """The code of each E2M1 value / 2**d, half to even, for d from 0 to 5, where all are 0."""
+    values = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    midpoints = (values[1:] + values[:-1]) / 2
+    smaller = values / 2.0 ** np.arange(6)[:, None, None]
+    odd = np.arange(7)[:, None] % 2 == 1  # a tie goes up from an odd code
+    beyond = (smaller > midpoints[:, None]) | (odd & (smaller == midpoints[:, None]))
+    magnitude = beyond.sum(1).astype(np.uint8)
+    return np.concatenate((magnitude, magnitude | 8), 1)
+
+
+_HALVED = _halved()
+_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.int64)  # of codes, in halves
+
+
+def _is_zero(qweight: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Whether a block has no value but zero: bool [B, N, K/32] of qweight [B, N, K/2]."""
-    words = (qweight.contiguous() & _MAGNITUDES).view(torch.int64)
-    return ~words.view(*words.shape[:-1], -1, _BYTES // 8).any(-1)
+    words = (np.ascontiguousarray(qweight) & _MAGNITUDES).view(np.uint64)
+    largest: NDArray[np.uint64] = words.reshape(*words.shape[:-1], -1, _BYTES // 8).max(-1)
+    return np.equal(largest, 0)
 
 
-def _power(exponent: torch.Tensor) -> torch.Tensor:
-    return e8m0.decode((exponent + e8m0.BIAS).to(torch.uint8))
+def _global_exponent(exponent_max_B: NDArray[np.int32]) -> NDArray[np.int32]:
+    g = np.maximum(exponent_max_B - _E4M3_MAX_EXPONENT, _FLOAT32_MIN_EXPONENT)
+    return np.where(exponent_max_B == NO_EXPONENT, 0, g).astype(np.int32)
 
 
-def _global_exponent(exponent_max_B: torch.Tensor) -> torch.Tensor:
-    g = (exponent_max_B - _E4M3_MAX_EXPONENT).clamp_(min=_FLOAT32_MIN_EXPONENT)
-    return g.masked_fill_(exponent_max_B == NO_EXPONENT, 0)
-
-
-def max_exponent(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def max_exponent(parts: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.int32]:
     """The largest exponent of each matrix, int32 [B], `NO_EXPONENT` if all is zero.
 
     Matrices that share a global scale need the largest of theirs. 128: a scale is NaN.
     """
-    exponent = parts["block_scale"].view(torch.uint8).int() - e8m0.BIAS
-    exponent.masked_fill_(_is_zero(parts["qweight"]), NO_EXPONENT)
-    return exponent.amax((1, 2))
+    exponent = parts["block_scale"].astype(np.int32) - _BIAS
+    exponent[_is_zero(parts["qweight"])] = NO_EXPONENT
+    largest: NDArray[np.int32] = exponent.max((1, 2))
+    return largest
 
 
-def global_scale(exponent_max_B: torch.Tensor) -> torch.Tensor:
+def global_scale(exponent_max_B: NDArray[np.int32]) -> NDArray[np.float32]:
     """The global scale, float32 [B], for largest exponents int32 [B]."""
-    return _power(_global_exponent(exponent_max_B))
+    return np.ldexp(np.float32(1), _global_exponent(exponent_max_B))
 
 
 def cast(
-    parts: Mapping[str, torch.Tensor],
-    exponent_max_B: torch.Tensor,
-    out: Mapping[str, torch.Tensor] | None = None,
-    scratch: Scratch | None = None,
-) -> tuple[dict[str, torch.Tensor], int]:
+    parts: Mapping[str, NDArray[np.uint8]],
+    exponent_max_B: NDArray[np.int32],
+    out: Mapping[str, NDArray[np.uint8]],
+) -> int:
     """Cast B matrices.
 
     Args:
         parts: of MXFP4: qweight uint8 [B, N, K/2] and block_scale uint8 [B, N, K/32].
         exponent_max_B: int32, at least `max_exponent` of the parts.
-        out: where to put the result, by role.
-        scratch: where to keep temporaries.
+        out: where to put qweight [B, N, K/2], and the bytes of block_scale [B, N, K/16].
 
     Returns:
-        qweight uint8 [B, N, K/2] and block_scale e4m3 [B, N, K/16], and how many blocks of 32
-        do not stand for the same weights as before.
+        How many blocks of 32 do not stand for the same weights as before.
     """
     packed = parts["qweight"]
-    qweight = out["qweight"].copy_(packed) if out else packed.clone()
-    exponent = parts["block_scale"].view(torch.uint8).int() - e8m0.BIAS
-    exponent -= _global_exponent(exponent_max_B).view(-1, 1, 1)
-    exponent.masked_fill_(_is_zero(packed), 0)
+    exponent = parts["block_scale"].astype(np.int32) - _BIAS
+    exponent -= _global_exponent(exponent_max_B)[:, None, None]
+    exponent[_is_zero(packed)] = 0
     inexact = 0
     small = exponent < _E4M3_MIN_EXPONENT
     if small.any():
-        codes = packed.view(*small.shape, _BYTES)[small]
-        down = (exponent[small] - _E4M3_MIN_EXPONENT).clamp_(min=-e8m0.BIAS // 2)
-        exact = e2m1.decode(codes) * _power(down).unsqueeze(-1)
-        rounded = e2m1.encode(exact.abs(), None, scratch) | (codes & _SIGNS)
-        inexact = int((e2m1.decode(rounded) != exact).any(-1).sum())
-        qweight.view(*small.shape, _BYTES)[small] = rounded
-        exponent.clamp_(min=_E4M3_MIN_EXPONENT)
-    scale = _power(exponent).repeat_interleave(mxfp4.BLOCK // nvfp4.BLOCK, -1)
-    block_scale = scale.to(torch.float8_e4m3fn)
-    if out:
-        block_scale = out["block_scale"].copy_(block_scale)
-    return {"qweight": qweight, "block_scale": block_scale}, inexact
+        codes = packed.reshape(*small.shape, _BYTES)[small]
+        down = np.minimum(_E4M3_MIN_EXPONENT - exponent[small], len(_HALVED) - 1)[:, None]
+        low, high = _HALVED[down, codes & 15], _HALVED[down, codes >> 4]
+        exact = [
+            _VALUES[made & 7] << down == _VALUES[old & 7]
+            for made, old in ((low, codes & 15), (high, codes >> 4))
+        ]
+        inexact = int((~(exact[0] & exact[1])).any(-1).sum())
+        packed = packed.copy()
+        packed.reshape(*small.shape, _BYTES)[small] = low | high << 4
+        np.maximum(exponent, _E4M3_MIN_EXPONENT, out=exponent)
+    np.copyto(out["qweight"], packed)
+    # E4M3 of 2**e: from 2**-6 on an exponent with bias 7, below a bit of the mantissa.
+    byte = np.where(exponent >= -6, (exponent + 7) << 3, 1 << (exponent + 9).clip(0, 2))
+    np.copyto(out["block_scale"], byte.astype(np.uint8).repeat(2, -1))
+    return inexact

@@ -1,0 +1,122 @@
+"""Who does the arithmetic: torch on any device, or numba on a CPU. The bytes are the same.
+
+An engine is one thread's. It takes bytes from the host and gives bytes to the host; between, its
+arrays are torch tensors or numpy arrays, of which callers use only shapes, slices and `swapaxes`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import EnvironmentFaultError, UsageError, show
+from ..formats import QuantFormat
+from ..plan import Encoded
+
+__all__ = ["Backend", "Engine", "backend_for"]
+
+Array = Any
+
+
+class Engine(Protocol):
+    """The arithmetic of one thread, and its buffers."""
+
+    def host(self, name: str, nbytes: int) -> NDArray[np.uint8]:
+        """A buffer on the host; the one of this name before is overwritten."""
+
+    def weights(self, stored: NDArray[Any]) -> Array:
+        """Stored floats on the device; valid until the host buffer is overwritten."""
+
+    def empty(self, name: str, shape: tuple[int, ...]) -> Array:
+        """An array of float32 on the device; the one of this name before is overwritten."""
+
+    def decode(self, encoded: Encoded, parts: Mapping[str, NDArray[Any]]) -> Array:
+        """The float32 weights [B, N, K] of stored parts, scalars [B]; the next call overwrites it.
+
+        A role that ends in "divisor" holds the reciprocal of its scale.
+        """
+
+    def numbers(self, weights: Array) -> NDArray[np.float32]:
+        """The values of weights, on the host."""
+
+    def largest(self, weights: Array, axis: int) -> NDArray[np.float32]:
+        """Largest magnitudes along axis 1 or 2 of [B, rows, columns].
+
+        Not finite exactly where a weight is not.
+        """
+
+    def quantize(
+        self,
+        target: QuantFormat,
+        weight_BNK: Array,
+        scale: NDArray[np.float32] | None,
+        out: Mapping[str, NDArray[Any]],
+    ) -> None:
+        """Put the parts with rows, by role, of weights in any order into ``out``.
+
+        ``scale`` as in `formats.Codec.quantize`.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A device, and how to make an engine for it in each thread.
+
+    ``around``: what must hold while the threads run. ``out_of_memory``: what an engine raises when
+    the device has no room for its arrays.
+    """
+
+    name: str
+    make: Callable[[], Engine]
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+    out_of_memory: type[Exception] = MemoryError
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the arithmetic is done on a GPU."""
+        return self.name.startswith("cuda")
+
+
+def backend_for(device: str) -> Backend:
+    """The backend for "auto", "cpu", "cuda" or "cuda:N"; "auto" is CUDA where there is one.
+
+    Raises:
+        UsageError: there is no such device.
+        EnvironmentFaultError: torch finds no such CUDA device.
+    """
+    kind, _, index = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
+        raise UsageError(f"device {show(device)!r} is unknown; choose auto, cpu, cuda or cuda:N")
+    if kind == "cuda" or (kind == "auto" and _has_driver()):
+        from . import with_torch
+
+        count = with_torch.cuda_devices()
+        if count > int(index or 0):
+            return with_torch.backend(device if kind == "cuda" else "cuda")
+        if kind == "cuda":
+            raise EnvironmentFaultError(
+                f"device {device}: torch finds {count} CUDA devices; use --device cpu"
+            )
+    if find_spec("numba"):
+        from . import with_numba
+
+        return with_numba.backend()
+    from . import with_torch
+
+    return with_torch.backend("cpu")
+
+
+def _has_driver() -> bool:
+    """Whether CUDA's driver is installed: torch, which knows more, takes seconds to import."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,190 @@
+"""The kernels of `moe_ckpt.kernels` on a CPU, without torch.
+
+Rows are handed to kernels as flat arrays with strides, for compiled loops over contiguous items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+from ..formats import QuantFormat, find_format
+from ..plan import Encoded
+from ..stored import numbers
+from . import Backend
+
+__all__ = ["NumbaEngine", "backend"]
+
+_BITS = {"float16": np.int16, "float32": np.uint32, "uint16": np.uint16}
+
+
+def backend() -> Backend:
+    """The CPU."""
+    return Backend("cpu", NumbaEngine)
+
+
+class NumbaEngine:
+    """Compiled loops over numpy arrays; the kernels are imported when first used."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, NDArray[np.uint8]] = {}
+
+    def host(self, name: str, nbytes: int) -> NDArray[np.uint8]:
+        """A buffer; the one of this name before is overwritten."""
+        found = self._buffers.get(name)
+        if found is None or found.size < nbytes:
+            found = self._buffers[name] = np.empty(nbytes, np.uint8)
+        return found[:nbytes]
+
+    def weights(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """The stored floats themselves."""
+        return stored
+
+    def empty(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """An array of float32; the one of this name before is overwritten."""
+        return self._scratch(name, shape, np.dtype(np.float32))
+
+    def decode(self, encoded: Encoded, parts: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """The float32 weights [B, N, K] of stored parts."""
+        from ..kernels import dequantize
+
+        code = next(part for part in encoded.parts if part.role == "qweight")
+        bytes_ = parts["qweight"]
+        if code.dtype == "I32":
+            bytes_ = bytes_.view(np.uint8)
+        B, N, K = bytes_.shape
+        halves = code.columns > 1
+        K *= 2 if halves else 1
+        out = self.empty("values", (B, N, K))
+        scale_BNK = _scales(encoded, parts)
+        scaled = next((p for p in encoded.parts if p.role.endswith("_scale") and p.columns), code)
+        row = find_format(encoded.format)
+        arguments = (_flat(bytes_), _flat(scale_BNK))
+        match row.module.partition(":")[0]:
+            case "nvfp4" | "mxfp4":
+                dequantize.e2m1(*arguments, scaled.columns, _flat(out), out.shape)
+            case "int4":
+                dequantize.int4(*arguments, scaled.columns, _flat(out), out.shape)
+            case "int8_channel":
+                dequantize.int8(*arguments, _flat(out), out.shape)
+            case _:
+                tile = (scaled.rows, min(scaled.columns, K))
+                if scaled is code:
+                    tile = (N, K)
+                dequantize.e4m3(*arguments, tile, _flat(out), out.shape)
+        return out
+
+    def numbers(self, weights: NDArray[Any]) -> NDArray[np.float32]:
+        """The values of weights."""
+        return numbers(weights, _dtype(weights))
+
+    def largest(self, weights: NDArray[Any], axis: int) -> NDArray[np.float32]:
+        """Largest magnitudes along an axis."""
+        from ..kernels import rows
+
+        B, N, K = weights.shape
+        if axis == 2:
+            found = np.empty((B, N), np.float32)
+            rows.largest_of_rows(_flat(_bits(weights)), found, (B, N, K))
+            return found
+        bits = _bits(weights)
+        largest = np.zeros((B, K), bits.dtype)
+        rows.largest_of_columns(_flat(bits), largest, (B, N, K))
+        return numbers(largest.view(weights.dtype), _dtype(weights))
+
+    def quantize(
+        self,
+        target: QuantFormat,
+        weight_BNK: NDArray[Any],
+        scale: NDArray[np.float32] | None,
+        out: Mapping[str, NDArray[Any]],
+    ) -> None:
+        """Put the parts with rows into ``out``."""
+        from ..kernels import quantize
+
+        bits = _bits(self._in_order(weight_BNK))
+        shape = bits.shape
+        N = shape[1]
+        results = {role: self._in_rows(role, items) for role, items in out.items()}
+        made = {role: _flat(items) for role, items in results.items()}
+        qweight, block_scale = made["qweight"], made.get("block_scale")
+        weight = _flat(bits)
+        name, _, group = target.module.partition(":")
+        if scale is not None and scale.ndim == 1 and name != "nvfp4":
+            scale = np.repeat(scale[:, None], N, 1)
+        match name:
+            case "nvfp4":
+                quantize.nvfp4(weight, scale, qweight, block_scale, shape)
+            case "mxfp4" | "mxfp8" | "fp8_block":
+                getattr(quantize, name)(weight, qweight, block_scale, shape)
+            case "int4":
+                codes = _flat(results["qweight"].view(np.uint8))
+                quantize.int4(weight, int(group[1:]), codes, block_scale, shape)
+            case "fp8_channel" | "fp8_tensor":
+                quantize.fp8_rows(weight, scale, qweight, shape)
+            case "int8_channel":
+                quantize.int8_rows(weight, scale, qweight, shape)
+            case "bf16":
+                quantize.to_bf16(weight, qweight, shape)
+        if scale is not None and "channel_scale" in out:
+            results["channel_scale"][:] = scale[:, :, None]
+        for role, items in out.items():
+            if results[role] is not items:
+                np.copyto(items, results[role])
+
+    def _scratch(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        nbytes = int(np.prod(shape)) * dtype.itemsize
+        return self.host(name, nbytes).view(dtype).reshape(shape)
+
+    def _in_order(self, weight_BNK: NDArray[Any]) -> NDArray[Any]:
+        """The weights with contiguous rows."""
+        if weight_BNK.strides[2] == weight_BNK.itemsize:
+            return weight_BNK
+        from ..kernels import rows
+
+        ordered = self._scratch("rows", weight_BNK.shape, weight_BNK.dtype)
+        rows.transpose(_bits(weight_BNK.swapaxes(1, 2)), _bits(ordered))
+        return ordered
+
+    def _in_rows(self, role: str, items: NDArray[Any]) -> NDArray[Any]:
+        """The result's place, or another one if its rows are not contiguous."""
+        if items.strides[2] == items.itemsize:
+            return items
+        return self._scratch(f"rows of {role}", items.shape, items.dtype)
+
+
+def _bits(weights: NDArray[Any]) -> NDArray[Any]:
+    return weights.view(_BITS[weights.dtype.name])
+
+
+def _dtype(weights: NDArray[Any]) -> str:
+    return "BF16" if weights.dtype == np.uint16 else "F32"
+
+
+def _flat(items: NDArray[Any]) -> tuple[NDArray[Any], int, int]:
+    """All items from the first to the last of [B, N, K], and the strides of B and N in items."""
+    B, N, K = items.shape
+    of_matrix, of_row, _ = (stride // items.itemsize for stride in items.strides)
+    span = (B - 1) * of_matrix + (N - 1) * of_row + K
+    return as_strided(items, (span,), (items.itemsize,)), of_matrix, of_row
+
+
+def _scales(encoded: Encoded, parts: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    """The float32 scales of codes, [B, rows, blocks]: all of one block multiplied together."""
+    scale: NDArray[np.float32] | None = None
+    for part in encoded.parts:
+        if part.role in ("block_scale", "channel_scale"):
+            scale = np.ascontiguousarray(numbers(parts[part.role], part.dtype))
+    if "global_scale" in parts:
+        factor = np.asarray(parts["global_scale"], np.float32)[:, None, None]
+        scale = factor if scale is None else scale * factor
+    if "global_divisor" in parts:
+        divisor = np.asarray(parts["global_divisor"], np.float32)[:, None, None]
+        scale = (np.float32(1) if scale is None else scale) / divisor
+    if scale is None:
+        raise AssertionError(f"{encoded.format} has no scales")
+    return scale

@@ -1,0 +1,220 @@
+"""Quantizing on a CPU: a kernel for each number format.
+
+All take weights as bits (see `elements.as_number`) and results as bytes, each a flat array and its
+strides in items from matrix to matrix and from row to row; rows are contiguous. ``shape`` is B, N,
+K. What is computed is said in `moe_ckpt.formats`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .elements import (
+    F32,
+    U32,
+    as_bits,
+    as_float,
+    as_number,
+    bf16,
+    compiled,
+    e2m1,
+    e4m3,
+    largest_of_16,
+    magnitude,
+    of_e4m3,
+    row_of,
+)
+
+__all__ = ["fp8_block", "fp8_rows", "int4", "int8_rows", "mxfp4", "mxfp8", "nvfp4", "to_bf16"]
+
+
+@compiled
+def _largest_of_blocks(row: Any, block: int, largest: Any) -> None:
+    """The largest magnitude of each block of 32 or more, a multiple of 16, as float32."""
+    for i in range(largest.size):
+        found = largest_of_16(row, i * block)
+        for start in range(i * block + 16, (i + 1) * block, 16):
+            found = max(found, largest_of_16(row, start))
+        largest[i] = as_number(found)
+
+
+@compiled
+def _e2m1_row(row: Any, divisor: Any, block: int, spread: Any, codes: Any) -> None:
+    """Codes of weight / divisor, two to a byte; ``spread`` is room for the divisor of each byte."""
+    half = block // 2
+    for i in range(divisor.size):
+        value = divisor[i]
+        for j in range(i * half, (i + 1) * half):
+            spread[j] = value
+    for j in range(codes.size):
+        low = e2m1(as_number(row[2 * j]) / spread[j] + F32(0))  # -0.0 + 0.0 is 0.0
+        high = e2m1(as_number(row[2 * j + 1]) / spread[j] + F32(0))
+        codes[j] = U32(low | U32(high << U32(4)))
+
+
+@compiled
+def _e4m3_run(row: Any, start: int, stop: int, divisor: Any, codes: Any) -> None:
+    for k in range(start, stop):
+        value = as_number(row[k]) / divisor
+        codes[k] = e4m3(min(max(value, F32(-448)), F32(448)))
+
+
+@compiled
+def nvfp4(weight: Any, scale: Any, qweight: Any, block_scale: Any, shape: Any) -> None:
+    """Of `formats.nvfp4`; ``scale`` is [B]."""
+    B, N, K = shape
+    divisor, spread = np.empty(K // 16, F32), np.empty(K // 2, F32)
+    for b in range(B):
+        global_scale = scale[b]
+        of_six = F32(6) * global_scale
+        for n in range(N):
+            row = row_of(weight, b, n, K)
+            scales = row_of(block_scale, b, n, K // 16)
+            for i in range(K // 16):
+                divisor[i] = as_number(largest_of_16(row, 16 * i))
+            for i in range(K // 16):
+                wanted = divisor[i] / of_six
+                if wanted == F32(0):
+                    wanted = F32(1)
+                code = e4m3(min(max(wanted, F32(2.0**-9)), F32(448)))
+                scales[i] = code
+                divisor[i] = of_e4m3(code) * global_scale
+            _e2m1_row(row, divisor, 16, spread, row_of(qweight, b, n, K // 2))
+
+
+@compiled
+def _powers(largest: Any, highest_bits: Any, bytes_: Any) -> None:
+    """E8M0 of the power of two that each block asks for; the power itself replaces its largest.
+
+    ``highest_bits`` are those of the largest value of the format.
+    """
+    # In integers, as `formats.e8m0.encode` has it: a mantissa beyond the format's carries.
+    beyond = U32(0x7FFFFF - (highest_bits & 0x7FFFFF))
+    less = U32((highest_bits >> 23) - 127)
+    for i in range(largest.size):
+        exponent = U32(U32(as_bits(largest[i]) + beyond) >> U32(23))
+        byte = U32(max(exponent, less) - less)
+        bytes_[i] = byte
+        largest[i] = as_float(U32(1 << 22) if byte == U32(0) else U32(byte << U32(23)))
+
+
+@compiled
+def mxfp4(weight: Any, qweight: Any, block_scale: Any, shape: Any) -> None:
+    """Of `formats.mxfp4`."""
+    B, N, K = shape
+    divisor, spread = np.empty(K // 32, F32), np.empty(K // 2, F32)
+    for b in range(B):
+        for n in range(N):
+            row = row_of(weight, b, n, K)
+            _largest_of_blocks(row, 32, divisor)
+            _powers(divisor, 0x40C00000, row_of(block_scale, b, n, K // 32))  # 6
+            _e2m1_row(row, divisor, 32, spread, row_of(qweight, b, n, K // 2))
+
+
+@compiled
+def mxfp8(weight: Any, qweight: Any, block_scale: Any, shape: Any) -> None:
+    """Of `formats.mxfp8`."""
+    B, N, K = shape
+    divisor, spread = np.empty(K // 32, F32), np.empty(K, F32)
+    for b in range(B):
+        for n in range(N):
+            row = row_of(weight, b, n, K)
+            codes = row_of(qweight, b, n, K)
+            _largest_of_blocks(row, 32, divisor)
+            _powers(divisor, 0x43E00000, row_of(block_scale, b, n, K // 32))  # 448
+            for i in range(K // 32):
+                for k in range(32 * i, 32 * i + 32):
+                    spread[k] = divisor[i]
+            for k in range(K):
+                codes[k] = e4m3(as_number(row[k]) / spread[k])
+
+
+@compiled
+def fp8_rows(weight: Any, scale: Any, qweight: Any, shape: Any) -> None:
+    """E4M3 with a scale for each row, [B, N]."""
+    B, N, K = shape
+    for b in range(B):
+        for n in range(N):
+            _e4m3_run(row_of(weight, b, n, K), 0, K, scale[b, n], row_of(qweight, b, n, K))
+
+
+@compiled
+def _scale(amax: Any, largest: Any) -> Any:
+    """Of `formats.scales.scale_of`."""
+    return F32(1) if amax == F32(0) else max(amax / F32(largest), F32(2.0**-126))
+
+
+@compiled
+def fp8_block(weight: Any, qweight: Any, block_scale: Any, shape: Any) -> None:
+    """Of `formats.fp8_block`."""
+    B, N, K = shape
+    amax = np.empty(-(-K // 128), F32)
+    for b in range(B):
+        for band in range(-(-N // 128)):
+            rows = range(128 * band, min(128 * band + 128, N))
+            amax[:] = F32(0)
+            for n in rows:
+                row = row_of(weight, b, n, K)
+                for i in range(amax.size):
+                    found = magnitude(row[128 * i])
+                    for k in range(128 * i + 1, min(128 * i + 128, K)):
+                        found = max(found, magnitude(row[k]))
+                    amax[i] = max(amax[i], as_number(found))
+            scales = row_of(block_scale, b, band, amax.size)
+            for i in range(amax.size):
+                scales[i] = _scale(amax[i], 448)
+            for n in rows:
+                row, codes = row_of(weight, b, n, K), row_of(qweight, b, n, K)
+                for i in range(amax.size):
+                    _e4m3_run(row, 128 * i, min(128 * i + 128, K), scales[i], codes)
+
+
+@compiled
+def int8_rows(weight: Any, scale: Any, qweight: Any, shape: Any) -> None:
+    """Integers with a scale for each row, [B, N]."""
+    B, N, K = shape
+    for b in range(B):
+        for n in range(N):
+            row, codes = row_of(weight, b, n, K), row_of(qweight, b, n, K)
+            divisor = scale[b, n]
+            for k in range(K):
+                rounded = np.rint(as_number(row[k]) / divisor)
+                codes[k] = np.int8(min(max(rounded, F32(-128)), F32(127)))
+
+
+@compiled
+def int4(weight: Any, group: int, qweight: Any, block_scale: Any, shape: Any) -> None:
+    """Integers two to a byte, the even column in the low nibble; scales in bf16."""
+    B, N, K = shape
+    divisor, spread = np.empty(K // group, F32), np.empty(K // 2, F32)
+    for b in range(B):
+        for n in range(N):
+            row, codes = row_of(weight, b, n, K), row_of(qweight, b, n, K // 2)
+            scales = row_of(block_scale, b, n, K // group)
+            _largest_of_blocks(row, group, divisor)
+            for i in range(K // group):
+                scales[i] = bf16(min(_scale(divisor[i], 7.5), as_float(U32(0x7F7F0000))))
+                divisor[i] = as_number(scales[i])
+            for i in range(K // group):
+                for j in range(i * group // 2, (i + 1) * group // 2):
+                    spread[j] = divisor[i]
+            for j in range(K // 2):
+                low = np.rint(as_number(row[2 * j]) / spread[j])
+                high = np.rint(as_number(row[2 * j + 1]) / spread[j])
+                low = min(max(low, F32(-8)), F32(7)) + F32(8)
+                high = min(max(high, F32(-8)), F32(7)) + F32(8)
+                codes[j] = np.uint8(low) | np.uint8(np.uint8(high) << np.uint8(4))
+
+
+@compiled
+def to_bf16(weight: Any, qweight: Any, shape: Any) -> None:
+    """bf16, clamped to its largest number."""
+    B, N, K = shape
+    for b in range(B):
+        for n in range(N):
+            row, codes = row_of(weight, b, n, K), row_of(qweight, b, n, K)
+            for k in range(K):
+                limit = as_float(U32(0x7F7F0000))
+                codes[k] = bf16(min(max(as_number(row[k]), -limit), limit))
