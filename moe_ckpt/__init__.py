@@ -3,7 +3,7 @@
 >>> import moe_ckpt
 >>> result = moe_ckpt.convert("in", "out", stats=["stats.json"])  # doctest: +SKIP
 
-Importing this package imports no torch; `convert` does.
+Importing this package imports no torch; `convert` does, unless numba does the arithmetic.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .conversion import Result, convert
-    from .options import Options
+    from .options import Limits, Options
     from .plan import Plan
     from .planner import make_plan
     from .report import inspect
@@ -40,6 +40,7 @@ __all__ = [
     "InputError",
     "InterruptedConversionError",
     "LayoutError",
+    "Limits",
     "MoeCkptError",
     "Options",
     "OutputRefusedError",
@@ -57,6 +58,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Limits": "options",
     "Options": "options",
     "Plan": "plan",
     "Result": "conversion",

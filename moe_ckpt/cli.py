@@ -61,6 +61,30 @@ def _experts_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Where to compute and with how much; nothing of it changes a byte."""
+    for option in (
+        click.option(
+            "--device-memory",
+            default="2GiB",
+            show_default=True,
+            help="All buffers on the GPU together.",
+        ),
+        click.option(
+            "--memory",
+            default="256MiB",
+            show_default=True,
+            help="All buffers together, beside the program itself.",
+        ),
+        click.option("--workers", type=int, help="Threads; if not given one per core, 16 at most."),
+        click.option(
+            "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
@@ -119,9 +143,7 @@ def cli() -> None:
     help="Round 4-bit weights a second time, to another 4-bit format.",
 )
 @_experts_options
-@click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; same bytes."
-)
+@_limit_options
 @click.option(
     "--max-shard-size", default="5GB", show_default=True, help="Tensors in one output file."
 )
@@ -140,6 +162,9 @@ def convert(
     in_dir: str,
     out_dir: str,
     device: str,
+    workers: int | None,
+    memory: str,
+    device_memory: str,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -150,32 +175,36 @@ def convert(
     """Convert the checkpoint folder IN to a quantized one in the new folder OUT."""
     from pathlib import Path
 
+    from .options import Limits
     from .planner import make_plan
     from .progress import Progress
     from .report import plan_document, plan_lines, result_lines
     from .writer import check_out_dir
 
+    limits = Limits(workers, memory, device_memory)
     check_out_dir(Path(in_dir), Path(out_dir), overwrite=overwrite)
     plan = make_plan(in_dir, **options)
     if not quiet and (verbose or dry_run):
-        _say(plan_lines(plan))
+        _say(plan_lines(plan, limits))
     _say_notes(plan, quiet)
     if dry_run:
         if as_json:
-            _print_json(plan_document(plan))
+            _print_json(plan_document(plan, limits))
         return
     from .conversion import execute
     from .engines import backend_for
 
     backend = backend_for(device)
     with Progress(plan, _say, quiet=quiet) as report:
-        result = execute(plan, out_dir, backend=backend, overwrite=overwrite, progress=report)
+        result = execute(
+            plan, out_dir, backend=backend, limits=limits, overwrite=overwrite, progress=report
+        )
         _ignore_signals()  # the output is complete: say so, whatever comes now
     if not quiet:
         _say(result_lines(result))
     if as_json:
         done = {"out_dir": str(result.out_dir), "device": result.device, "seconds": result.seconds}
-        _print_json(plan_document(plan) | {"result": done})
+        _print_json(plan_document(plan, limits) | {"result": done})
 
 
 @cli.command()
@@ -203,9 +232,7 @@ def inspect(in_dir: str, as_json: bool, **options: Unpack[PlanOptions]) -> None:
 )
 @click.option("--layout", metavar="NAME", help="See convert.")
 @click.option("--gate-up-order", metavar="ORDER", help="See convert.")
-@click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; same numbers."
-)
+@_limit_options
 @click.option("--overwrite", is_flag=True, help="Replace FILE.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
 def scan(
@@ -214,17 +241,22 @@ def scan(
     layout: str | None,
     gate_up_order: str | None,
     device: str,
+    workers: int | None,
+    memory: str,
+    device_memory: str,
     overwrite: bool,
     quiet: bool,
 ) -> None:
     """Find the largest magnitude of every weight in IN, for convert --weight-amax."""
     from .engines import backend_for
+    from .options import Limits
     from .scan import scan as scan_folder
 
     count = scan_folder(
         in_dir,
         out_file,
         backend=backend_for(device),
+        limits=Limits(workers, memory, device_memory),
         layout=layout,
         gate_up_order=gate_up_order,
         overwrite=overwrite,

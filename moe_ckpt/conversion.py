@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Unpack
 
 from .engines import Backend, backend_for
-from .options import PlanOptions
+from .options import Limits, PlanOptions
 from .plan import Job, OutShard, Plan
 from .planner import make_plan
 from .pool import Pool, environment_faults, pool_over
 from .quantizer import Worker
-from .schedule import Budget, batches, budget_for
+from .schedule import Budget, batches, budget_for, gathered_nbytes
 from .writer import OutputFolder, ShardWriter, check_out_dir
 
 __all__ = ["Result", "convert", "execute"]
@@ -44,6 +44,7 @@ def convert(
     out_dir: str | os.PathLike[str],
     *,
     device: str = "auto",
+    limits: Limits | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     **options: Unpack[PlanOptions],
@@ -54,6 +55,7 @@ def convert(
         in_dir: a checkpoint folder.
         out_dir: a new or empty folder.
         device: "auto", "cpu", "cuda" or "cuda:N"; it changes no output byte.
+        limits: threads and memory; they change none either.
         overwrite: replace an earlier conversion in ``out_dir``.
         progress: called with the bytes read, and with a shard when it is finished.
         options: those of `moe_ckpt.Options`.
@@ -67,7 +69,9 @@ def convert(
     backend = backend_for(device)
     check_out_dir(Path(in_dir), Path(out_dir), overwrite=overwrite)
     plan = make_plan(in_dir, **options)
-    return execute(plan, out_dir, backend=backend, overwrite=overwrite, progress=progress)
+    return execute(
+        plan, out_dir, backend=backend, limits=limits, overwrite=overwrite, progress=progress
+    )
 
 
 def execute(
@@ -75,13 +79,17 @@ def execute(
     out_dir: str | os.PathLike[str],
     *,
     backend: Backend,
+    limits: Limits | None = None,
     budget: Budget | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Result:
-    """Carry out a plan. On any error or interrupt, everything written is removed."""
+    """Carry out a plan. On any error or interrupt, everything written is removed.
+
+    ``budget`` instead of what ``limits`` ask for is for tests.
+    """
     started = time.monotonic()
-    budget = budget or budget_for(backend)
+    budget = budget or budget_for(backend, limits or Limits(), gathered_nbytes(plan))
     report = progress or (lambda *_: None)
     with environment_faults():
         folder = OutputFolder(plan, Path(out_dir), overwrite=overwrite)

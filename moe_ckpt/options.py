@@ -13,7 +13,7 @@ from .layouts import LAYOUTS, ORDERS
 from .loaders import EXPERTS
 from .recipe import Recipe, built_in, read_recipe
 
-__all__ = ["Options", "PlanOptions", "parse_size"]
+__all__ = ["Limits", "Options", "PlanOptions", "parse_size"]
 
 _MISSING_STATS = ("error", "constant")
 _KV_CACHE = ("none", "fp8")
@@ -103,6 +103,29 @@ class Options:
         if self.recipe is not None:
             return read_recipe(self.recipe)
         return built_in(self.quantize or "experts", self.format or "nvfp4")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a conversion may use of a machine.
+
+    ``workers``: threads; None for one per core, 16 at most. ``memory`` and ``device_memory``: all
+    buffers together, on the host and on the GPU, beside the program itself; bytes, or text such as
+    "256MiB". A matrix that must be gathered before it is written may need more.
+
+    Raises:
+        UsageError: one is not such a size, or ``workers`` is below 1.
+    """
+
+    workers: int | None = None
+    memory: str | int = "256MiB"
+    device_memory: str | int = "2GiB"
+
+    def __post_init__(self) -> None:
+        parse_size(self.memory)
+        parse_size(self.device_memory)
+        if self.workers is not None and self.workers < 1:
+            raise UsageError(f"--workers {show(self.workers)}: expected 1 or more")
 
 
 def parse_size(size: str | int) -> int:

@@ -11,9 +11,10 @@ from .dialects import find_dialect
 from .errors import show
 from .formats import find_format
 from .layouts import Experts
+from .options import Limits
 from .plan import Plan
 from .planner import make_plan
-from .schedule import CPU, peak_nbytes
+from .schedule import peak_nbytes
 
 if TYPE_CHECKING:
     from .conversion import Result
@@ -29,7 +30,7 @@ def inspect(in_dir: str | os.PathLike[str]) -> dict[str, Any]:
     return plan_document(make_plan(in_dir, allow_requantize=True))
 
 
-def plan_document(plan: Plan) -> dict[str, Any]:
+def plan_document(plan: Plan, limits: Limits | None = None) -> dict[str, Any]:
     """A plan as one JSON document; byte counts end in ``_nbytes``."""
     return {
         "schema": "moe-ckpt/plan",
@@ -78,7 +79,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
             "files": [*plan.files, *(file.name for file in plan.side_files)],
             "left_out": list(plan.left_out),
         },
-        "peak_memory_nbytes": peak_nbytes(plan, CPU),
+        "peak_memory_nbytes": peak_nbytes(plan, limits or Limits()),
         "notes": list(plan.notes),
         "warnings": [
             {"kind": kind, "message": text}
@@ -88,7 +89,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
     }
 
 
-def plan_lines(plan: Plan) -> Iterator[str]:
+def plan_lines(plan: Plan, limits: Limits | None = None) -> Iterator[str]:
     """A plan as lines of text."""
     yield f"Model     {show(plan.model_type)}, family {plan.family}"
     for count, example in _experts_kinds(plan):
@@ -125,7 +126,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     )
     yield (
         f"Work      read {size(plan.read_nbytes)}, write {size(plan.write_nbytes)}, at most "
-        f"{size(peak_nbytes(plan, CPU))} of memory beside torch on this machine's CPU"
+        f"{size(peak_nbytes(plan, limits or Limits()))} of memory beside the program itself"
     )
     if plan.stats_files:
         yield (

@@ -16,6 +16,7 @@ from .errors import OutputRefusedError, Problems, show
 from .formats import find_format
 from .layouts import Detection, Given, detect
 from .modules import is_matrix, module_of
+from .options import Limits
 from .packing import QuantUnit
 from .plan import Job
 from .pool import environment_faults, pool_over
@@ -32,6 +33,7 @@ def scan(
     out_file: str | os.PathLike[str],
     *,
     backend: Backend,
+    limits: Limits | None = None,
     layout: str | None = None,
     gate_up_order: str | None = None,
     overwrite: bool = False,
@@ -43,6 +45,7 @@ def scan(
         in_dir: a checkpoint folder.
         out_file: the file, for `convert`'s ``weight_amax``.
         backend: where to compute; it changes no number.
+        limits: threads and memory; they change none either.
         layout: see `make_plan`.
         gate_up_order: see `make_plan`.
         overwrite: replace the file if it is there.
@@ -63,7 +66,7 @@ def scan(
     found = detect(weights.tensors, source.config, Given(layout, gate_up_order))
     jobs = list(_jobs(weights, found))
     modules: dict[str, float] = {}
-    budget = budget_for(backend)
+    budget = budget_for(backend, limits or Limits())
 
     def done(made: tuple[Batch, list[float]]) -> None:
         batch, amax = made

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from .options import Limits, parse_size
 from .plan import Job, Plan, Slab
 
 if TYPE_CHECKING:
     from .engines import Backend
 
-__all__ = ["CPU", "Batch", "Budget", "batches", "budget_for", "peak_nbytes"]
+__all__ = ["Batch", "Budget", "batches", "budget_for", "gathered_nbytes", "peak_nbytes"]
 
 _MIB = 1 << 20
-_FLOAT32_TEMPORARIES = 6
+_MOST_STAGE_NBYTES = 16 * _MIB
+_LEAST_STAGE_NBYTES = _MIB
+_TEMPORARIES = 24  # bytes that torch's codecs need for a weight beside its code
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,10 @@ class Budget:
     stage_nbytes: int
     chunk_items: int
     workers: int
+
+    def halved(self) -> Budget:
+        """For a device that has no room for this one."""
+        return replace(self, stage_nbytes=self.stage_nbytes // 2, chunk_items=self.chunk_items // 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +65,23 @@ class Batch:
         return self.job.slab_nbytes * self.count
 
 
-CPU = Budget(16 * _MIB, 1 << 18, min(8, len(os.sched_getaffinity(0))))
-CUDA = Budget(64 * _MIB, 1 << 24, 2)
+def budget_for(backend: Backend, limits: Limits, gathered: int = 0) -> Budget:
+    """The buffers of each worker; ``gathered`` is what `gathered_nbytes` says of the plan.
 
-
-def budget_for(backend: Backend) -> Budget:
-    """The buffers for a backend."""
-    return CUDA if backend.is_cuda else CPU
+    Fewer workers before smaller buffers: those cost more than they save.
+    """
+    memory = parse_size(limits.memory)
+    workers = limits.workers or min(16, len(os.sched_getaffinity(0)))
+    least = 2 * _LEAST_STAGE_NBYTES + gathered
+    workers = max(1, min(workers, memory // least))
+    stage = (memory // workers - gathered) // 2
+    chunk_items = backend.chunk_items
+    if backend.is_cuda:
+        share = parse_size(limits.device_memory) // workers
+        stage = min(stage, share // 4)
+        chunk_items = min(chunk_items, share // 2 // _TEMPORARIES)
+    stage = max(_LEAST_STAGE_NBYTES // 4, min(stage, _MOST_STAGE_NBYTES))
+    return Budget(stage, max(chunk_items, 1 << 16), workers)
 
 
 def batches(job: Job, budget: Budget) -> Iterator[Batch]:
@@ -74,18 +91,19 @@ def batches(job: Job, budget: Budget) -> Iterator[Batch]:
         yield Batch(job, start, min(start + count, len(job.slabs)))
 
 
-def peak_nbytes(plan: Plan, budget: Budget) -> int:
-    """An upper estimate of the memory that a conversion takes beside the program itself."""
-    temporaries = 4 * budget.chunk_items * _FLOAT32_TEMPORARIES
-    names = sum(len(shard.tensors) for shard in plan.shards) * 1024
-    gathered = max(
+def gathered_nbytes(plan: Plan) -> int:
+    """The largest output of a slab that must be complete before any of it is written."""
+    return max(
         (
             sum(region.slab_nbytes for region in job.regions)
-            for shard in plan.shards
-            for job in shard.jobs
-            if job.is_transposed and not job.is_stacked
+            for job in plan.jobs
+            if job.is_transposed != job.is_stacked
         ),
         default=0,
     )
-    stage = max(budget.stage_nbytes, gathered)
-    return budget.workers * (budget.stage_nbytes + stage + temporaries) + names
+
+
+def peak_nbytes(plan: Plan, limits: Limits) -> int:
+    """An upper estimate of the memory that a conversion takes beside the program itself."""
+    names = sum(len(shard.tensors) for shard in plan.shards) * 1024
+    return max(parse_size(limits.memory), gathered_nbytes(plan)) + names

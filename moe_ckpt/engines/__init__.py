@@ -69,12 +69,13 @@ class Engine(Protocol):
 class Backend:
     """A device, and how to make an engine for it in each thread.
 
-    ``around``: what must hold while the threads run. ``out_of_memory``: what an engine raises when
-    the device has no room for its arrays.
+    ``chunk_items``: how many weights it should be given at once. ``around``: what must hold while
+    the threads run. ``out_of_memory``: what an engine raises when the device has no room.
     """
 
     name: str
     make: Callable[[], Engine]
+    chunk_items: int
     around: Callable[[], AbstractContextManager[None]] = nullcontext
     out_of_memory: type[Exception] = MemoryError
 

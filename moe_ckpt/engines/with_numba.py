@@ -19,12 +19,13 @@ from . import Backend
 
 __all__ = ["NumbaEngine", "backend"]
 
+_CHUNK_ITEMS = 1 << 20
 _BITS = {"float16": np.int16, "float32": np.uint32, "uint16": np.uint16}
 
 
 def backend() -> Backend:
     """The CPU."""
-    return Backend("cpu", NumbaEngine)
+    return Backend("cpu", NumbaEngine, _CHUNK_ITEMS)
 
 
 class NumbaEngine:
@@ -168,6 +169,8 @@ def _dtype(weights: NDArray[Any]) -> str:
 def _flat(items: NDArray[Any]) -> tuple[NDArray[Any], int, int]:
     """All items from the first to the last of [B, N, K], and the strides of B and N in items."""
     B, N, K = items.shape
+    if items.flags.c_contiguous:
+        return items.reshape(-1), N * K, K
     of_matrix, of_row, _ = (stride // items.itemsize for stride in items.strides)
     span = (B - 1) * of_matrix + (N - 1) * of_row + K
     return as_strided(items, (span,), (items.itemsize,)), of_matrix, of_row

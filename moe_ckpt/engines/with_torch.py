@@ -39,7 +39,8 @@ def cuda_devices() -> int:
 def backend(device: str) -> Backend:
     """Torch on "cpu", "cuda" or "cuda:N"."""
     make = partial(TorchEngine, torch.device(device))
-    return Backend(device, make, _one_thread, torch.OutOfMemoryError)
+    chunk_items = 1 << 18 if device == "cpu" else 1 << 24  # temporaries in the cache of a CPU
+    return Backend(device, make, chunk_items, _one_thread, torch.OutOfMemoryError)
 
 
 @contextmanager
