@@ -115,22 +115,27 @@ def sizes_of(folder: Path) -> int:
 
 def write(folder: Path, model: Model, shard_nbytes: int) -> None:
     """Write the checkpoint in shards of about a size; a tensor is never divided."""
-    shards: list[dict[str, Shape]] = [{}]
-    filled = 0
-    for name, shape in model.tensors():
-        nbytes = 2 * prod(shape)
-        if shards[-1] and filled + nbytes > shard_nbytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = shape
-        filled += nbytes
-    write_sparse(folder, shards, model.config())
+    write_sparse(folder, in_shards(model.tensors(), shard_nbytes), model.config())
     noise = _noise()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("r+b") as file:
             left = path.stat().st_size - file.seek(8 + int.from_bytes(file.read(8), "little"))
             while left:
                 left -= file.write(next(noise)[:left])
+
+
+def in_shards(tensors: Iterable[tuple[str, Shape]], shard_nbytes: int) -> list[dict[str, Shape]]:
+    """Tensors in their order, as many in each shard as fit, at least one."""
+    shards: list[dict[str, Shape]] = [{}]
+    filled = 0
+    for name, shape in tensors:
+        nbytes = 2 * prod(shape)
+        if shards[-1] and filled + nbytes > shard_nbytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = shape
+        filled += nbytes
+    return shards
 
 
 def write_sparse(
@@ -181,4 +186,4 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     """The options for the sizes of a model."""
     for name in ("experts", "hidden", "intermediate", "vocab"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Model(), name), metavar="N")
-    parser.add_argument("--shard-size", type=parse_size, default="2.5GB", metavar="SIZE")
+    parser.add_argument("--shard-size", type=parse_size, default="1.3GB", metavar="SIZE")

@@ -24,6 +24,7 @@ from typing import Any
 from . import checkpoints, processes
 from .checkpoints import FORMS, Model, of_size, parse_size
 from .machine import facts, idleness, room_nbytes
+from .make import make_apart
 from .processes import Measured
 from .report import compare_text
 from .summary import marginals, rows
@@ -103,9 +104,9 @@ def _measure_form(
     models = {"small": of_size(model, args.size)}
     if args.big:
         models["big"] = of_size(model, args.big)
-    _refuse_if_full(models, args.shard_size, folder)
+    _refuse_if_full(models, args.shard_size * args.others_workers, folder)
     for size, found in models.items():
-        _make(found, args.shard_size, folder / size)
+        make_apart(folder / size, found, args.shard_size)
         document["inputs"].append(
             {"form": form, "size": size, "nbytes": found.nbytes, **asdict(found)}
         )
@@ -197,22 +198,15 @@ def _gets_big(tool: Tool, formats: list[str]) -> bool:
     return tool.name in (CP, MOE_CKPT) or tool.format in formats
 
 
-def _make(model: Model, shard_nbytes: int, folder: Path) -> None:
-    """In a process of its own: numpy would stay in this one, see `processes`."""
-    options = [f"--{name}={value}" for name, value in asdict(model).items()]
-    command = [sys.executable, "-m", "bench", "make", folder, *options]
-    made = processes.run([*command, f"--shard-size={shard_nbytes}"])
-    if made.error:
-        sys.exit(f"no input could be made: {made.error}")
-
-
-def _refuse_if_full(models: dict[str, Model], shard_nbytes: int, folder: Path) -> None:
-    """Leave room for inputs, the largest output, and as much again as tools that load a shard."""
+def _refuse_if_full(models: dict[str, Model], at_once_nbytes: int, folder: Path) -> None:
+    """Room for the inputs, the largest output, and for tools that load shards twice over."""
     sizes = [model.nbytes for model in models.values()]
-    needed = sum(sizes) + max(max(sizes) * 3 // 5, shard_nbytes) + 3 * min(shard_nbytes, max(sizes))
-    if needed > room_nbytes(folder):
-        room = room_nbytes(folder) / 1e9
-        sys.exit(f"{folder}: needs {needed / 1e9:.1f} GB, has {room:.1f}; choose a smaller --big")
+    needed = sum(sizes) + max(sizes) * 3 // 5 + 2 * min(at_once_nbytes, max(sizes))
+    room = room_nbytes(folder)
+    if needed > room:
+        sys.exit(
+            f"{folder}: needs {needed / 1e9:.1f} GB, has {room / 1e9:.1f}; choose a smaller --big"
+        )
 
 
 def _evict(folder: Path) -> None:

@@ -6,16 +6,19 @@ child starts with the peak of its parent, so whoever measures must stay small: n
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .machine import ROOT, CpuClock
 
-__all__ = ["Measured", "python", "run"]
+__all__ = ["Measured", "call", "python", "run"]
 
 _TAIL = 400
 
@@ -75,3 +78,20 @@ def run(command: Sequence[object]) -> Measured:
 def python(executable: object, code: str) -> Measured:
     """Run one line of Python."""
     return run([executable, "-c", code])
+
+
+def call(name: str, *arguments: object) -> tuple[Measured, Any]:
+    """Call ``module:function`` of this package in a fresh process; what it returns goes by JSON.
+
+    Arguments are JSON too. A process that fails ends this one with what it printed.
+    """
+    module, _, function = name.partition(":")
+    code = (
+        f"import json, sys; from bench.{module} import {function} as f; "
+        "print(json.dumps(f(*map(json.loads, sys.argv[1:]))))"
+    )
+    words = [json.dumps(value, default=str) for value in arguments]
+    measured = run([sys.executable, "-c", code, *words])
+    if measured.error:
+        sys.exit(f"{name} failed: {measured.error}")
+    return measured, json.loads(measured.stdout.splitlines()[-1])

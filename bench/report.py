@@ -17,7 +17,8 @@ def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     lines = [[*line] for line in lines]
     columns = list(zip(headings, *lines, strict=True))
     widths = [max(map(len, column)) for column in columns]
-    right = [any(cell[:1].isdigit() for cell in column[1:]) for column in columns]
+    cells = [[cell for cell in column[1:] if cell] for column in columns]
+    right = [all(cell[0].isdigit() for cell in column) for column in cells]
     return "\n".join(
         "  ".join(
             cell.rjust(width) if is_right else cell.ljust(width)

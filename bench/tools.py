@@ -67,10 +67,11 @@ class Tool:
             for path in sorted(source.glob("*.safetensors")):
                 yield ["cp", path, out / path.name]
         elif self.name == MOE_CKPT:
+            stats = self.stats_file(out)
             yield [
                 *(sys.executable, "-m", "moe_ckpt", "convert", source, out, "-q"),
                 *("--format", self.format, "--device", self.options["device"]),
-                *self._stats(out),
+                *(("--stats", stats, "--missing-stats", "constant") if stats else ()),
             ]
         elif self.name == LLM_COMPRESSOR:
             script, scheme = HERE / "llm_compressor.py", _SCHEMES[self.format]
@@ -83,14 +84,14 @@ class Tool:
                 *("--strategy", *_STRATEGIES[self.format]),
             ]
 
-    def _stats(self, out: Path) -> list[object]:
-        """Statistics without a module, for formats that demand some."""
+    def stats_file(self, out: Path) -> Path | None:
+        """Statistics without a module, written beside the output, for formats that demand some."""
         row = find_format(self.format)
         if not row.input_scale or row.constant_input_scale:
-            return []
+            return None
         path = out.with_name("stats.json")
         path.write_text(_STATS)
-        return ["--stats", path, "--missing-stats", "constant"]
+        return path
 
 
 def tools(formats: list[str], competitors: Competitors, device: str = "cpu") -> list[Tool]:
