@@ -149,9 +149,8 @@ def test_kernels_that_are_measured_make_all_parts(name):
 
 def test_conversions_in_one_process(tmp_path):
     source = str(FIXTURES / "qwen3_moe" / "source")
-    found = cuda.conversions(
-        source, str(tmp_path / "out"), 2, {"format": "fp8-channel", "device": "cpu"}
-    )
+    options = {"format": "fp8-channel", "device": "cpu"}
+    found = cuda.conversions(source, str(tmp_path / "out"), 2, options)
     assert len(found["seconds"]) == 2
     assert found["output_nbytes"] > 100_000
     assert not (tmp_path / "out").exists()
