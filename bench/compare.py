@@ -67,7 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="formats in which the other tools get the big input as well, for their rates",
     )
     parser.add_argument(
-        "--others-workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N"
+        "--others-workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="their threads over shards; 1 is what both do if not told, each with torch's threads",
     )
     checkpoints.add_sizes(parser)
 
