@@ -34,6 +34,7 @@ def limits(rounds: int) -> list[Figure]:
     side = torch.cuda.Stream()
 
     def both() -> None:
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             host[1].copy_(device[1], non_blocking=True)
         device[0].copy_(host[0], non_blocking=True)

@@ -120,8 +120,10 @@ def _convert(
 
 def _one(source: Path, out: Path, number_format: str, times: int) -> dict[str, Any]:
     tool = Tool(MOE_CKPT, number_format, sys.executable, {"device": "cuda"})
-    options = tool.stats_options(out)
-    measured, found = processes.call("cuda:conversions", source, out, number_format, times, options)
+    stats = tool.stats_file(out)
+    options = {"stats": [stats], "missing_stats": "constant"} if stats else {}
+    options |= {"device": "cuda", "format": number_format}
+    measured, found = processes.call("cuda:conversions", source, out, times, options)
     return found | {"cpu_seconds": measured.cpu_seconds, "peak_nbytes": measured.peak_nbytes}
 
 
