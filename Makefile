@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	rm -rf $(DEMO)
 	$(BIN)/moe-ckpt convert $(MODEL)/source $(DEMO) --stats $(MODEL)/stats.json --quantize linear -v
 	@echo
-	$(BIN)/python bench/compare.py $(DEMO) $(MODEL)/modelopt-nvfp4
+	$(BIN)/python -m bench same $(DEMO) $(MODEL)/modelopt-nvfp4
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
