@@ -195,6 +195,8 @@ def convert(
     from .engines import backend_for
 
     backend = backend_for(device)
+    if backend.note and not quiet:
+        _say([f"note: {backend.note}"])
     with Progress(plan, _say, quiet=quiet) as report:
         result = execute(
             plan, out_dir, backend=backend, limits=limits, overwrite=overwrite, progress=report
@@ -293,6 +295,8 @@ def layouts(as_json: bool) -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit with the code that the error tree documents."""
+    # numba imports it to look for a BLAS that no kernel uses, which takes longer than all of ours.
+    sys.modules.setdefault("scipy", None)  # type: ignore[arg-type]
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup wants hangups ignored
             signal.signal(number, _terminate)

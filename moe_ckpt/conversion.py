@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,9 +95,23 @@ def execute(
     with environment_faults():
         folder = OutputFolder(plan, Path(out_dir), overwrite=overwrite)
         try:
-            with pool_over(plan.source_shards, backend, budget) as pool:
+            with (
+                pool_over(plan.source_shards, backend, budget) as pool,
+                ThreadPoolExecutor(1) as finisher,
+            ):
+                # While the disk takes one shard, the next is made; the callback is this thread's.
+                finishing: Future[OutShard] | None = None
                 for shard in plan.shards:
-                    _write_shard(folder, shard, pool, budget, report)
+                    out = _write_shard(folder, shard, pool, budget, report)
+                    try:
+                        if finishing:
+                            report(0, finishing.result())
+                    except BaseException:
+                        out.abandon()
+                        raise
+                    finishing = finisher.submit(out.finish)
+                if finishing:
+                    report(0, finishing.result())
                 inexact = sum(worker.inexact_blocks for worker in pool.workers)
             folder.finish(plan)
         except BaseException:
@@ -107,7 +122,7 @@ def execute(
 
 def _write_shard(
     folder: OutputFolder, shard: OutShard, pool: Pool, budget: Budget, report: Progress
-) -> None:
+) -> ShardWriter:
     out = folder.open_shard(shard)
     try:
         for constant in shard.constants:
@@ -117,8 +132,7 @@ def _write_shard(
     except BaseException:
         out.abandon()
         raise
-    out.finish()
-    report(0, shard)
+    return out
 
 
 def _shared_amax(shard: OutShard, pool: Pool, budget: Budget) -> dict[Job, float]:

@@ -7,7 +7,9 @@ no cut divides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +24,14 @@ from .pieces import PieceWriter, cut, write
 from .plan import Copy, Job
 from .reader import SourceReader
 from .scalars import stored_scalars, write_scalars
-from .schedule import Batch, Budget
+from .schedule import Batch, Budget, split
 from .stored import DTYPES, numbers
 from .writer import ShardWriter
 
 __all__ = ["Worker"]
+
+T = TypeVar("T")
+_LEAST_STAGE_NBYTES = 1 << 12  # with less, it is not the size of our buffers
 
 Scalars = Mapping[str, NDArray[np.floating]]
 
@@ -40,11 +45,14 @@ class Worker:
     def __init__(self, reader: SourceReader, engine: Engine, budget: Budget) -> None:
         self._reader = reader
         self._engine = engine
-        self._budget = budget
-        self._loader = Loader(reader, engine, budget)
-        self._magnitudes = Magnitudes(self._loader, engine, budget)
-        self._pieces = PieceWriter(engine, budget)
         self.inexact_blocks = 0
+        self._use(budget)
+
+    def _use(self, budget: Budget) -> None:
+        self._budget = budget
+        self._loader = Loader(self._reader, self._engine, budget)
+        self._magnitudes = Magnitudes(self._loader, self._engine, budget)
+        self._pieces = PieceWriter(self._engine, budget)
 
     def copy(self, item: Copy, out: ShardWriter) -> int:
         """Copy bytes; returns how many were read."""
@@ -58,6 +66,7 @@ class Worker:
             piece = buffer[: min(len(buffer), item.read.nbytes - start)]
             self._reader.read(item.read, start, piece)
             out.write(item.offset + start, piece)
+        self._reader.forget(item.read)
         return item.read.nbytes
 
     def amax(self, batch: Batch) -> list[float]:
@@ -66,12 +75,7 @@ class Worker:
         Raises:
             CheckpointError: a weight is NaN or infinite.
         """
-        if _is_cast(batch.job):
-            exponents: list[float] = self._max_exponent(batch).tolist()
-            return exponents
-        rows = self._magnitudes.of_rows(batch, cut(batch, self._budget))
-        found: list[float] = rows.max(1).tolist()
-        return found
+        return [value for values in self._in_parts(self._amax, batch) for value in values]
 
     def convert(self, batch: Batch, out: ShardWriter, shared: float | None = None) -> int:
         """Write all output of a batch; returns the source bytes it was made of.
@@ -81,6 +85,37 @@ class Worker:
         Raises:
             CheckpointError: a weight is NaN or infinite, or scales contradict each other.
         """
+        for _ in self._in_parts(partial(self._convert, out=out, shared=shared), batch):
+            pass
+        reads = [read for slab in batch.slabs for reads in slab.reads for read in reads]
+        for read in reads:
+            self._reader.forget(read)
+        return sum(read.nbytes for read in reads)
+
+    def _in_parts(self, work: Callable[[Batch], T], batch: Batch) -> Iterator[T]:
+        """Do a batch; with buffers half as large, and again, if the device has no room."""
+        for part in split(batch, self._budget):
+            try:
+                done = work(part)
+            except self._engine.out_of_memory:
+                if self._budget.stage_nbytes < _LEAST_STAGE_NBYTES:
+                    raise
+            else:
+                yield done
+                continue
+            self._engine.release()
+            self._use(self._budget.halved())
+            yield from self._in_parts(work, part)
+
+    def _amax(self, batch: Batch) -> list[float]:
+        if _is_cast(batch.job):
+            exponents: list[float] = self._max_exponent(batch).tolist()
+            return exponents
+        rows = self._magnitudes.of_rows(batch, cut(batch, self._budget))
+        found: list[float] = rows.max(1).tolist()
+        return found
+
+    def _convert(self, batch: Batch, out: ShardWriter, shared: float | None) -> None:
         if not batch.job.is_recoded:
             scalars = self._quantize(batch, out, shared)
         elif _is_cast(batch.job):
@@ -88,7 +123,6 @@ class Worker:
         else:
             scalars = self._move(batch, out)
         write_scalars(batch, scalars, self._loader, out)
-        return sum(read.nbytes for slab in batch.slabs for reads in slab.reads for read in reads)
 
     def _quantize(self, batch: Batch, out: ShardWriter, shared: float | None) -> Scalars:
         """Round weights to the parts of a format; returns its scalars."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from threading import Lock
 
 from .errors import EnvironmentFaultError, show
@@ -39,6 +40,14 @@ class SourceReader:
             if count == 0:
                 raise _changed(read.shard)
             filled += count
+
+    def forget(self, read: Read) -> None:
+        """Let the system drop these bytes from its cache: they are not read again.
+
+        A terabyte that passes through it would drive out everything else.
+        """
+        with suppress(OSError):
+            os.posix_fadvise(self._fd(read.shard), read.offset, read.nbytes, os.POSIX_FADV_DONTNEED)
 
     def check_unchanged(self) -> None:
         """Raise if a shard that was read is not the file that was planned with."""

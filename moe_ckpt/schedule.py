@@ -16,7 +16,7 @@ from .plan import Job, Plan, Slab
 if TYPE_CHECKING:
     from .engines import Backend
 
-__all__ = ["Batch", "Budget", "batches", "budget_for", "gathered_nbytes", "peak_nbytes"]
+__all__ = ["Batch", "Budget", "batches", "budget_for", "gathered_nbytes", "peak_nbytes", "split"]
 
 _MIB = 1 << 20
 _MOST_STAGE_NBYTES = 16 * _MIB
@@ -86,9 +86,14 @@ def budget_for(backend: Backend, limits: Limits, gathered: int = 0) -> Budget:
 
 def batches(job: Job, budget: Budget) -> Iterator[Batch]:
     """Cut a job into batches that fit the stage; a slab that does not is a batch by itself."""
-    count = max(1, budget.stage_nbytes // max(job.slab_nbytes, 1))
-    for start in range(0, len(job.slabs), count):
-        yield Batch(job, start, min(start + count, len(job.slabs)))
+    return split(Batch(job, 0, len(job.slabs)), budget)
+
+
+def split(batch: Batch, budget: Budget) -> Iterator[Batch]:
+    """Cut a batch for another budget."""
+    count = max(1, budget.stage_nbytes // max(batch.job.slab_nbytes, 1))
+    for start in range(batch.start, batch.stop, count):
+        yield Batch(batch.job, start, min(start + count, batch.stop))
 
 
 def gathered_nbytes(plan: Plan) -> int:

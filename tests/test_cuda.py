@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FIXTURES, read_files
+from conftest import read_files
+from whole_plans import CASES, TARGETS, planned
 from with_scales import amax_for, scale_for
 
 import moe_ckpt
 from moe_ckpt.conversion import execute
 from moe_ckpt.engines import backend_for
-from moe_ckpt.errors import InputError
 from moe_ckpt.formats import FORMATS
 from moe_ckpt.formats.amax import scale_of
 from moe_ckpt.schedule import Budget
@@ -19,32 +19,6 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-
-DENSE = ("qwen3_moe", "mixtral", "deepseek_v3", "qwen2_moe", "qwen3_moe_wide")
-TRANSPOSED = ("llama4", "gpt_oss")
-
-
-def planned(model, row, **options):
-    """The plan for a fixture; None where the format does not fit it."""
-    stats = [FIXTURES / model / "stats.json"] if row.input_scale else []
-    try:
-        source = FIXTURES / model / "source"
-        return moe_ckpt.make_plan(source, format=row.name, stats=stats, **options)
-    except InputError:
-        return None
-
-
-CASES = [
-    *((model, row, "linear", "split") for model in DENSE for row in FORMATS),
-    *(
-        (model, row, "experts", experts)
-        for model in TRANSPOSED
-        for row in FORMATS
-        for experts in ("split", "fused")
-    ),
-]
-CASES = [case for case in CASES if planned(case[0], case[1], quantize=case[2], experts=case[3])]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +35,7 @@ def test_same_files(tmp_path, model, row, quantize, experts, stage_nbytes):
 
 
 @pytest.mark.parametrize("row", FORMATS, ids=lambda row: row.name)
-@pytest.mark.parametrize("target", ["bf16", "nvfp4", "fp8-channel"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_same_files_from_quantized_sources(tmp_path, row, target):
     """Decoded, recoded, and quantized again."""
     plan = planned("qwen3_moe_wide", row, quantize="linear")

@@ -26,7 +26,15 @@ Array = Any
 
 
 class Engine(Protocol):
-    """The arithmetic of one thread, and its buffers."""
+    """The arithmetic of one thread, and its buffers.
+
+    ``out_of_memory``: what it raises when there is no room for its arrays.
+    """
+
+    out_of_memory: type[Exception]
+
+    def release(self) -> None:
+        """Give back all memory that no caller uses."""
 
     def host(self, name: str, nbytes: int) -> NDArray[np.uint8]:
         """A buffer on the host; the one of this name before is overwritten."""
@@ -70,14 +78,14 @@ class Backend:
     """A device, and how to make an engine for it in each thread.
 
     ``chunk_items``: how many weights it should be given at once. ``around``: what must hold while
-    the threads run. ``out_of_memory``: what an engine raises when the device has no room.
+    the threads run. ``note``: what a user should know of it.
     """
 
     name: str
     make: Callable[[], Engine]
     chunk_items: int
     around: Callable[[], AbstractContextManager[None]] = nullcontext
-    out_of_memory: type[Exception] = MemoryError
+    note: str = ""
 
     @property
     def is_cuda(self) -> bool:

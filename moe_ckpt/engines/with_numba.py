@@ -31,8 +31,14 @@ def backend() -> Backend:
 class NumbaEngine:
     """Compiled loops over numpy arrays; the kernels are imported when first used."""
 
+    out_of_memory: type[Exception] = MemoryError
+
     def __init__(self) -> None:
         self._buffers: dict[str, NDArray[np.uint8]] = {}
+
+    def release(self) -> None:
+        """Forget the buffers."""
+        self._buffers.clear()
 
     def host(self, name: str, nbytes: int) -> NDArray[np.uint8]:
         """A buffer; the one of this name before is overwritten."""

@@ -31,6 +31,11 @@ _DTYPES = {
 }
 
 
+_CPU_CHUNK_ITEMS = 1 << 18  # the temporaries should stay in the cache
+_CUDA_CHUNK_ITEMS = 1 << 24
+_NOTE = "numba is not installed; with moe-ckpt[fast] a CPU converts several times faster"
+
+
 def cuda_devices() -> int:
     """How many CUDA devices torch can use."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -39,8 +44,9 @@ def cuda_devices() -> int:
 def backend(device: str) -> Backend:
     """Torch on "cpu", "cuda" or "cuda:N"."""
     make = partial(TorchEngine, torch.device(device))
-    chunk_items = 1 << 18 if device == "cpu" else 1 << 24  # temporaries in the cache of a CPU
-    return Backend(device, make, chunk_items, _one_thread, torch.OutOfMemoryError)
+    if device == "cpu":
+        return Backend(device, make, _CPU_CHUNK_ITEMS, _one_thread, _NOTE)
+    return Backend(device, make, _CUDA_CHUNK_ITEMS, _one_thread)
 
 
 @contextmanager
@@ -57,12 +63,21 @@ def _one_thread() -> Iterator[None]:
 class TorchEngine:
     """Torch on one device; on CUDA with a stream of its own, so that engines overlap."""
 
+    out_of_memory: type[Exception] = torch.OutOfMemoryError
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
         self._scratch = Scratch(device)
         self._buffers: dict[str, torch.Tensor] = {}
+
+    def release(self) -> None:
+        """Forget the buffers, and give torch's cache back to the device."""
+        self._buffers.clear()
+        self._scratch = Scratch(self._device)
+        if self._cuda:
+            torch.cuda.empty_cache()
 
     def host(self, name: str, nbytes: int) -> NDArray[np.uint8]:
         """A buffer on the host, pinned if the device is CUDA."""
