@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import triton
 
 from . import triton_kernels
 
@@ -25,14 +24,22 @@ _PAIR_BITS = {2: torch.int32, 4: torch.int64}
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 
+def _cdiv(size: int, step: int) -> int:
+    return -(-size // step)
+
+
 def _pow2(size: int, most: int) -> int:
-    return min(most, triton.next_power_of_2(max(size, 1)))
+    return min(most, 1 << max(size - 1, 0).bit_length())
 
 
 def _tile(n: int, k: int, rows_first: bool, columns: int, size: int) -> tuple[int, int]:
     """Rows and columns of a tile: as many of one row as are contiguous, or enough of a column."""
     columns = _pow2(k, 64 if rows_first else columns)
     return _pow2(n, size // columns), columns
+
+
+def _grid(batch: int, n: int, k: int, rows_first: bool) -> tuple[int, int, int]:
+    return (n, k, batch) if rows_first else (k, n, batch)
 
 
 def _pair_words(bits_BNK: torch.Tensor, itemsize: int) -> torch.Tensor | None:
@@ -57,15 +64,15 @@ def row_amax(weight_BNK: torch.Tensor) -> torch.Tensor:
     rows_first = bits.stride(1) == 1 and bits.stride(2) != 1
     rows, columns = _tile(N, K, rows_first, 512, 8192)
     # Few rows: several programs for one, so that there is work for all of the device.
-    programs = B * triton.cdiv(N, rows)
-    parts = max(1, min(triton.cdiv(2048, max(programs, 1)), K // (8 * columns)))
-    per_program = triton.cdiv(triton.cdiv(K, parts), columns) * columns or 1
-    parts = triton.cdiv(K, per_program)
+    programs = B * _cdiv(N, rows)
+    parts = max(1, min(_cdiv(2048, max(programs, 1)), K // (8 * columns)))
+    per_program = _cdiv(_cdiv(K, parts), columns) * columns or 1
+    parts = _cdiv(K, per_program)
     make = torch.empty if parts == 1 else torch.zeros
     amax = make((B, N), dtype=torch.int32, device=weight_BNK.device)
     if programs and parts:
-        with torch.cuda.device_of(weight_BNK):
-            triton_kernels.row_amax[(programs * parts,)](
+        with torch.cuda.device(weight_BNK.get_device()):
+            triton_kernels.row_amax[_grid(B, _cdiv(N, rows), parts, rows_first)](
                 bits,
                 amax,
                 N,
@@ -112,14 +119,15 @@ def quantize(
     if block_scale is not None and block_scale.element_size() < 4:
         block_scale = block_scale.view({1: torch.uint8, 2: torch.int16}[block_scale.element_size()])
     options = {"FORMAT": format, "DTYPE": _DTYPES[weight_BNK.dtype], **_OPTIONS}
-    with torch.cuda.device_of(weight_BNK):
+    with torch.cuda.device(weight_BNK.get_device()):
         if format in _PAIRED:
             assert block_scale is not None
             words = None if rows_first else _pair_words(bits, weight_BNK.element_size())
             block = K // block_scale.shape[-1] // 2
             rows, columns = _tile(N, K // 2, rows_first, 128, 4096)
             columns = max(columns, block)
-            triton_kernels.pack_pairs[(B * triton.cdiv(N, rows) * triton.cdiv(K // 2, columns),)](
+            grid = _grid(B, _cdiv(N, rows), _cdiv(K // 2, columns), rows_first)
+            triton_kernels.pack_pairs[grid](
                 bits if words is None else words,
                 scale,
                 qweight,
@@ -139,7 +147,8 @@ def quantize(
                 rows = columns = 128
             else:
                 rows, columns = _tile(N, K, rows_first, 256, 8192)
-            triton_kernels.round_bytes[(B * triton.cdiv(N, rows) * triton.cdiv(K, columns),)](
+            grid = _grid(B, _cdiv(N, rows), _cdiv(K, columns), rows_first)
+            triton_kernels.round_bytes[grid](
                 bits,
                 scale,
                 qweight,

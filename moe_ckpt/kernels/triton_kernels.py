@@ -51,19 +51,12 @@ def _float(bits, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _tile(N, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROWS_FIRST: tl.constexpr):
-    """This program's matrix, rows and columns."""
-    n_tiles = tl.cdiv(N, ROWS)
-    k_tiles = tl.cdiv(columns, COLUMNS)
-    tile = tl.program_id(0)
-    batch = tile // (n_tiles * k_tiles)
-    tile = tile % (n_tiles * k_tiles)
-    # Programs that run at once should read what lies together.
-    if ROWS_FIRST:
-        n, k = tile % n_tiles, tile // n_tiles
-    else:
-        n, k = tile // k_tiles, tile % k_tiles
-    return batch.to(tl.int64), n * ROWS + tl.arange(0, ROWS), k * COLUMNS + tl.arange(0, COLUMNS)
+def _tile(ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROWS_FIRST: tl.constexpr):
+    """The matrix, rows and columns of this program: those that run at once lie together."""
+    n = tl.program_id(0) if ROWS_FIRST else tl.program_id(1)
+    k = tl.program_id(1) if ROWS_FIRST else tl.program_id(0)
+    batch = tl.program_id(2).to(tl.int64)
+    return batch, n * ROWS + tl.arange(0, ROWS), k * COLUMNS + tl.arange(0, COLUMNS)
 
 
 @triton.jit
@@ -130,27 +123,24 @@ def _e4m3(value):
 
 
 @triton.jit
-def _e2m1(value, negative):
-    """`_WHOLE` plus the code of a value rounded to E2M1, half to even.
+def _e2m1(value):
+    """`_WHOLE` plus the code of a magnitude rounded to E2M1, half to even.
 
-    Codes are steps of 1/2 up to 2, of 1 up to 4 and of 2 up to 6; longer steps count fewer, so
-    the code is the least of the three counts. The sums round to the steps.
+    Codes are steps of 1/2 up to 2, of 1 up to 4 and of 2 up to 6. Longer steps count fewer, so
+    the code is the least of the three counts, each rounded by its sum.
     """
     value = tl.abs(value)
-    halves = (value + _WHOLE * 0.5) * 2.0
+    halves = tl.fma(value, 2.0, _WHOLE)
     ones = value + (_WHOLE + 2.0)
-    twos = (value + (_WHOLE * 2.0 + 8.0)) * 0.5
-    code = tl.minimum(tl.minimum(halves, ones), tl.minimum(twos, _WHOLE + 7.0))
-    return code + tl.where(negative, 8.0, 0.0)
+    twos = tl.fma(value, 0.5, _WHOLE + 4.0)
+    return tl.minimum(tl.minimum(halves, ones), tl.minimum(twos, _WHOLE + 7.0))
 
 
 @triton.jit
-def _is_negative(weight, scale):
-    """Whether weight / scale rounded to float32 is below zero: beyond -2**-150.
-
-    Powers of two keep both sides exact, or make the left one as good as infinite.
-    """
-    return weight * 2.0**100 < scale * -(2.0**-50)
+def _pack(low, high, low_sign, high_sign):
+    """The bytes of two codes, low bits of floats, with the sign bits of other floats."""
+    codes = _bits(low) + (_bits(high) << 4)
+    return codes | ((_bits(low_sign) >> 28) & 8) | ((_bits(high_sign) >> 24) & 0x80)
 
 
 @triton.jit
@@ -173,21 +163,13 @@ def row_amax(
 
     weight: the bits of the weights. amax_bits: int32 [B, N], zeros unless ``ALONE``.
     """
-    n_tiles = tl.cdiv(N, ROWS)
-    k_parts = tl.cdiv(K, K_PER_PROGRAM)
-    tile = tl.program_id(0)
-    batch = (tile // (n_tiles * k_parts)).to(tl.int64)
-    tile = tile % (n_tiles * k_parts)
-    if ROWS_FIRST:
-        n, k = tile % n_tiles, tile // n_tiles
-    else:
-        n, k = tile // k_parts, tile % k_parts
-    rows = n * ROWS + tl.arange(0, ROWS)
-    end = tl.minimum(K, (k + 1) * K_PER_PROGRAM)
+    batch, rows, _ = _tile(ROWS, COLUMNS, ROWS_FIRST)
+    start = (tl.program_id(1) if ROWS_FIRST else tl.program_id(0)) * K_PER_PROGRAM
+    end = tl.minimum(K, start + K_PER_PROGRAM)
     at_rows = weight + batch * stride_b + rows.to(tl.int64)[:, None] * stride_n
     mask: tl.constexpr = 0x7FFFFFFF if DTYPE == "fp32" else 0x7FFF
     largest = tl.zeros((ROWS, COLUMNS), tl.int32)
-    for k0 in range(k * K_PER_PROGRAM, end, COLUMNS):
+    for k0 in range(start, end, COLUMNS):
         columns = k0 + tl.arange(0, COLUMNS)
         inside = (rows < N)[:, None] & (columns < end)[None, :]
         bits = tl.load(at_rows + columns.to(tl.int64)[None, :] * stride_k, mask=inside, other=0)
@@ -224,7 +206,7 @@ def pack_pairs(
     weight: the bits of the weights, or with ``WORDS`` of pairs of them, strides in the same.
     qweight: uint8 [B, N, PAIRS]. block_scale: the bits, [B, N, PAIRS / BLOCK].
     """
-    batch, rows, columns = _tile(N, PAIRS, ROWS, COLUMNS, ROWS_FIRST)
+    batch, rows, columns = _tile(ROWS, COLUMNS, ROWS_FIRST)
     inside = (rows < N)[:, None] & (columns < PAIRS)[None, :]
     row = batch * N + rows.to(tl.int64)
     at = weight + batch * stride_b + rows.to(tl.int64)[:, None] * stride_n
@@ -243,7 +225,8 @@ def pack_pairs(
         stored, inverse = _e8m0(amax, 6)
         even *= inverse[:, :, None]
         odd *= inverse[:, :, None]
-        low, high = _e2m1(even, even < 0), _e2m1(odd, odd < 0)
+        # The sum makes -0.0 positive.
+        packed = _pack(_e2m1(even), _e2m1(odd), even + 0.0, odd + 0.0)
     else:
         if FORMAT == "nvfp4":
             global_scale = tl.load(scale + batch)
@@ -259,12 +242,16 @@ def pack_pairs(
         low = _divide(even, power, near_one, inverse, DTYPE)
         high = _divide(odd, power, near_one, inverse, DTYPE)
         if FORMAT == "nvfp4":
-            low = _e2m1(low, _is_negative(even, divisor[:, :, None]))
-            high = _e2m1(high, _is_negative(odd, divisor[:, :, None]))
+            # The sum is below zero where the quotient, rounded to float32, is: beyond -2**-150.
+            # Powers of two keep both sides exact, or make one as good as infinitely larger.
+            least = divisor[:, :, None] * 2.0**-50
+            even, odd = tl.fma(even, 2.0**100, least), tl.fma(odd, 2.0**100, least)
+            packed = _pack(_e2m1(low), _e2m1(high), even, odd)
         else:
             low = tl.minimum(tl.maximum(low, -8.0), 7.0) + (_WHOLE + 8.0)
             high = tl.minimum(tl.maximum(high, -8.0), 7.0) + (_WHOLE + 8.0)
-    packed = tl.reshape((_bits(low) + (_bits(high) << 4)).to(tl.uint8), (ROWS, COLUMNS))
+            packed = _bits(low) + (_bits(high) << 4)
+    packed = tl.reshape(packed.to(tl.uint8), (ROWS, COLUMNS))
     tl.store(qweight + row[:, None] * PAIRS + columns[None, :], packed, mask=inside)
     blocks = tl.min(tl.reshape(columns, (COLUMNS // BLOCK, BLOCK)), axis=1) // BLOCK
     n_blocks = PAIRS // BLOCK
@@ -295,7 +282,7 @@ def round_bytes(
     weight: the bits of the weights. qweight: uint8 [B, N, K]. fp8_block has a tile for each
     program.
     """
-    batch, rows, columns = _tile(N, K, ROWS, COLUMNS, ROWS_FIRST)
+    batch, rows, columns = _tile(ROWS, COLUMNS, ROWS_FIRST)
     inside = (rows < N)[:, None] & (columns < K)[None, :]
     row = batch * N + rows.to(tl.int64)
     at = weight + batch * stride_b + rows.to(tl.int64)[:, None] * stride_n
