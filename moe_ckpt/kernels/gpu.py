@@ -1,8 +1,9 @@
 """Largest magnitudes and number formats on CUDA, in Triton: the bytes of the torch codecs.
 
 Each weight is read once and each result written once, in one launch for a batch of matrices.
-The kernels are in `triton_kernels`. They take weights of any strides, and are made for those
-whose columns or whose rows are contiguous. Importing this needs Triton.
+The kernels are in `triton_kernels`, their arithmetic in `triton_rounding`. They take weights of
+any strides, and are made for those whose columns or whose rows are contiguous. Importing this
+needs Triton; launching, a C compiler, with which Triton builds its launcher.
 """
 
 from __future__ import annotations
@@ -122,10 +123,16 @@ def quantize(
     with torch.cuda.device(weight_BNK.get_device()):
         if format in _PAIRED:
             assert block_scale is not None
+            assert format != "int4" or out["block_scale"].dtype == torch.bfloat16
             words = None if rows_first else _pair_words(bits, weight_BNK.element_size())
             block = K // block_scale.shape[-1] // 2
-            rows, columns = _tile(N, K // 2, rows_first, 128, 4096)
-            columns = max(columns, block)
+            in_thread = rows_first and block <= 16  # a longer one has too many registers
+            if in_thread:
+                rows, columns = _pow2(N, 64), block * _pow2(K // 2 // block, 16)
+                options["num_warps"] = 4  # so that two programs fit on a multiprocessor
+            else:
+                rows, columns = _tile(N, K // 2, rows_first, 128, 4096)
+                columns = max(columns, block)
             grid = _grid(B, _cdiv(N, rows), _cdiv(K // 2, columns), rows_first)
             triton_kernels.pack_pairs[grid](
                 bits if words is None else words,
@@ -136,6 +143,7 @@ def quantize(
                 K // 2,
                 *(bits if words is None else words).stride(),
                 WORDS=words is not None,
+                IN_THREAD=in_thread,
                 BLOCK=block,
                 ROWS=rows,
                 COLUMNS=columns,
@@ -145,6 +153,7 @@ def quantize(
         else:
             if format == "fp8_block":
                 rows = columns = 128
+                options["maxnreg"] = 128  # for the same
             else:
                 rows, columns = _tile(N, K, rows_first, 256, 8192)
             grid = _grid(B, _cdiv(N, rows), _cdiv(K, columns), rows_first)
