@@ -338,3 +338,10 @@ def test_the_plan_tells_the_memory(tmp_path):
 def test_unknown_devices_are_refused(name):
     with pytest.raises(UsageError, match="device"):
         backend_for(name)
+
+
+def test_without_a_gpu_for_triton_torch_does_it_and_says_why():
+    kernels, why = with_torch._kernels(torch.device("cpu"))
+    assert kernels is None
+    assert why.startswith("Triton cannot be used (")
+    assert "\n" not in why

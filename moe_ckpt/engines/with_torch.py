@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..errors import show
 from ..formats import QuantFormat, e8m0, find_format
 from ..formats.amax import abs_max
 from ..formats.scratch import Scratch
@@ -33,7 +35,7 @@ _DTYPES = {
 
 _CPU_CHUNK_ITEMS = 1 << 18  # the temporaries should stay in the cache
 _CUDA_CHUNK_ITEMS = 1 << 24
-_NOTE = "numba is not installed; with moe-ckpt[fast] a CPU converts several times faster"
+_NO_NUMBA = "numba is not installed; with moe-ckpt[fast] a CPU converts several times faster"
 
 
 def cuda_devices() -> int:
@@ -43,10 +45,25 @@ def cuda_devices() -> int:
 
 def backend(device: str) -> Backend:
     """Torch on "cpu", "cuda" or "cuda:N"."""
-    make = partial(TorchEngine, torch.device(device))
     if device == "cpu":
-        return Backend(device, make, _CPU_CHUNK_ITEMS, _one_thread, _NOTE)
-    return Backend(device, make, _CUDA_CHUNK_ITEMS, _one_thread)
+        make = partial(TorchEngine, torch.device(device))
+        return Backend(device, make, _CPU_CHUNK_ITEMS, _one_thread, _NO_NUMBA)
+    kernels, why = _kernels(torch.device(device))
+    make = partial(TorchEngine, torch.device(device), kernels)
+    return Backend(device, make, _CUDA_CHUNK_ITEMS, _one_thread, why)
+
+
+def _kernels(device: torch.device) -> tuple[ModuleType | None, str]:
+    """Triton's, if they run; else why not."""
+    try:
+        from ..kernels import gpu
+
+        gpu.row_amax(torch.zeros(1, 1, 16, dtype=torch.bfloat16, device=device))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  what it needs beside itself is found by trying
+        return None, f"Triton cannot be used ({show(error)}); torch does the arithmetic, slower"
+    return gpu, ""
 
 
 @contextmanager
@@ -65,8 +82,9 @@ class TorchEngine:
 
     out_of_memory: type[Exception] = torch.OutOfMemoryError
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, kernels: ModuleType | None = None) -> None:
         self._device = device
+        self._kernels = kernels
         self._cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
         self._scratch = Scratch(device)
@@ -120,7 +138,11 @@ class TorchEngine:
     def largest(self, weights: torch.Tensor, axis: int) -> NDArray[np.float32]:
         """Largest magnitudes along an axis."""
         with self._on_stream():
-            found: NDArray[np.float32] = abs_max(weights, self._scratch, axis).cpu().numpy()
+            if self._kernels:
+                largest = self._kernels.row_amax(weights if axis == 2 else weights.swapaxes(1, 2))
+            else:
+                largest = abs_max(weights, self._scratch, axis)
+            found: NDArray[np.float32] = largest.cpu().numpy()
             return found
 
     def quantize(
@@ -133,18 +155,24 @@ class TorchEngine:
         """Put the parts with rows into ``out``."""
         dtypes = {part.role: part.dtype for part in target.parts}
         results = {role: _tensor(items, dtypes[role]) for role, items in out.items()}
+        name = target.module.partition(":")[0]
         with self._on_stream():
-            if not weight_BNK.is_contiguous():
-                weight_BNK = self._in_order(weight_BNK)
             scales = None if scale is None else torch.from_numpy(scale).to(self._device)
-            if not self._cuda:
-                target.codec().quantize(weight_BNK, scales, results, self._scratch)
-                return
-            made = target.codec().quantize(weight_BNK, scales, None, self._scratch)
-            for role, result in results.items():
-                result.copy_(made[role], non_blocking=True)
-        if self._stream:
-            self._stream.synchronize()
+            if self._kernels and name in self._kernels.FORMATS:
+                made = {
+                    role: self._scratch.empty(f"made {role}", tuple(result.shape), result.dtype)
+                    for role, result in results.items()
+                }
+                self._kernels.quantize(name, weight_BNK, scales, made)
+            else:
+                if not weight_BNK.is_contiguous():
+                    weight_BNK = self._in_order(weight_BNK)
+                into = None if self._cuda else results
+                made = target.codec().quantize(weight_BNK, scales, into, self._scratch)
+            if self._stream:
+                for role, result in results.items():
+                    result.copy_(made[role], non_blocking=True)
+                self._stream.synchronize()
 
     def _on_stream(self) -> torch.cuda.StreamContext | nullcontext[None]:
         return torch.cuda.stream(self._stream) if self._stream else nullcontext()
