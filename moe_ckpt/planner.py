@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Unpack
 
@@ -262,15 +262,15 @@ class _Planner:
             )
         return tuple(notes)
 
-    def _refuse_collisions(self, shards: Iterable[OutShard]) -> None:
+    def _refuse_collisions(self, shards: Sequence[OutShard]) -> None:
+        names = [tensor.name for shard in shards for tensor in shard.tensors]
         seen: set[str] = set()
-        for shard in shards:
-            for tensor in shard.tensors:
-                if tensor.name in seen:
-                    self.problems.add(
-                        LayoutError,
-                        f"{show(tensor.name)}: would be written twice; the source already holds a "
-                        "tensor of this name",
-                    )
-                seen.add(tensor.name)
+        for name in names if len(set(names)) < len(names) else ():
+            if name in seen:
+                self.problems.add(
+                    LayoutError,
+                    f"{show(name)}: would be written twice; the source already holds a tensor of "
+                    "this name",
+                )
+            seen.add(name)
         self.problems.check()
