@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from json.encoder import encode_basestring as quoted
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +23,6 @@ from .layouts import Experts
 
 __all__ = ["Constant", "Copy", "Encoded", "Job", "OutShard", "OutTensor", "Plan", "Read"]
 __all__ += ["Region", "Slab", "by_alignment", "header_of", "index_of"]
-
-# Headers and index are put together by hand, a line for each tensor: there can be 300,000.
-_quoted = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class Read(NamedTuple):
@@ -307,6 +305,7 @@ class Plan:
 
 def header_of(tensors: tuple[OutTensor, ...]) -> bytes:
     """The first bytes of a safetensors file: length and JSON, padded so that data is aligned."""
+    # Put together by hand, and so is the index: there can be 300,000 tensors.
     entries = ['"__metadata__":{"format":"pt"}']
     known: dict[tuple[str, tuple[int, ...]], tuple[int, str]] = {}
     position = 0
@@ -316,7 +315,7 @@ def header_of(tensors: tuple[OutTensor, ...]) -> bytes:
             known[dtype, shape] = nbytes_of(dtype, shape), f'"dtype":"{dtype}","shape":[{sizes}]'
         nbytes, described = known[dtype, shape]
         end = position + nbytes
-        entries.append(f'{_quoted(name)}:{{{described},"data_offsets":[{position},{end}]}}')
+        entries.append(f'{quoted(name)}:{{{described},"data_offsets":[{position},{end}]}}')
         position = end
     text = f"{{{','.join(entries)}}}".encode()
     text += b" " * (-len(text) % 8)
@@ -328,7 +327,7 @@ def index_of(plan: Plan) -> str | None:
     if len(plan.shards) == 1:
         return None
     weight_map = {tensor.name: shard.name for shard in plan.shards for tensor in shard.tensors}
-    lines = (f"    {_quoted(name)}: {_quoted(weight_map[name])}" for name in sorted(weight_map))
+    lines = (f"    {quoted(name)}: {quoted(weight_map[name])}" for name in sorted(weight_map))
     return (
         "{\n"
         '  "metadata": {\n'

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from .announced import announcements
 from .checkpoint import Source
-from .dtypes import FLOATS, nbytes_of
+from .dtypes import BITS, FLOATS, nbytes_of
 from .encodings import ENCODINGS, SCALE_ENDINGS, Encoding
 from .errors import CheckpointError, Problems, show, show_some
 from .formats import Part
@@ -29,10 +29,22 @@ __all__ = ["Weights", "weights_of"]
 _CODES = frozenset({"F8_E4M3", "U8", "I8", "I32"})
 _CODE_ENDINGS = ("weight_packed", "_proj_packed", "weight_blocks", "_proj_blocks")
 
-# What may lie beside codes: after the name of their weight, and after that of its module.
-_SCALE_ENDINGS = tuple(dict.fromkeys(s.ending for e in ENCODINGS for s in e.scales))
 _REFUSED_ENDINGS = ("_zero_point", "_g_idx")
 _SHAPE_ENDING = "_shape"
+# What may lie beside codes, by their own ending: after the name of their weight ...
+_BESIDE = {
+    of.ending: tuple(
+        dict.fromkeys(
+            (
+                *(scale.ending for e in ENCODINGS if e.ending == of.ending for scale in e.scales),
+                *_REFUSED_ENDINGS,
+                _SHAPE_ENDING,
+            )
+        )
+    )
+    for of in ENCODINGS
+}
+# ... and after that of its module.
 _INPUT_ENDINGS = ("input_scale", "input_global_scale")
 
 
@@ -87,16 +99,18 @@ class Weights:
         info = self.tensors[name]
         stored = self._stored.get(name)
         if stored is None:
-            skip = nbytes_of(info.dtype, (start,))
-            nbytes = info.nbytes if count is None else nbytes_of(info.dtype, (count,))
-            return (Read(info.shard, info.offset + skip, nbytes),)
+            bits = BITS[info.dtype]
+            nbytes = info.nbytes if count is None else count * bits // 8
+            return (Read(info.shard, info.offset + start * bits // 8, nbytes),)
         n, k = info.shape[-2:]
         first, matrices = start // (n * k), (info.shape[0] if len(info.shape) == 3 else 1)
         if count is not None:
             matrices = count // (n * k)
         return tuple(
-            Read(tensor.shard, tensor.offset + first * nbytes, matrices * nbytes)
-            for tensor, nbytes in zip(stored.infos, stored.kind.part_nbytes, strict=True)
+            [
+                Read(tensor.shard, tensor.offset + first * nbytes, matrices * nbytes)
+                for tensor, nbytes in zip(stored.infos, stored.kind.part_nbytes, strict=True)
+            ]
         )
 
     def all_encoded(self) -> set[Encoded]:
@@ -213,33 +227,28 @@ class _Finder:
 
     def _find(self, codes: TensorInfo, stem: str) -> _Stored | None:
         """The weight that these are the codes of, if it is stored in a way that can be read."""
+        own = codes.name[len(stem) :]
+        names = {ending: stem + ending for ending in _BESIDE[own]}
+        if stem.endswith("weight"):
+            module = stem.removesuffix("weight")
+            names |= {ending: module + ending for ending in _INPUT_ENDINGS}
         beside: dict[str, TensorInfo] = {}
-        looks: list[object] = [codes.name[len(stem) :], codes.dtype, codes.shape]
-        for ending, name in _names_beside(stem):
+        looks: list[object] = [own, codes.dtype, codes.shape]
+        for ending, name in names.items():
             info = self._tensors.get(name)
             if info is not None:
                 beside[ending] = info
                 looks += (ending, info.dtype, info.shape)
         key = tuple(looks)
-        if key not in self._known:
-            self._known[key] = _kind_of(codes, stem, beside)
-        kind = self._known[key]
+        try:
+            kind = self._known[key]
+        except KeyError:
+            kind = self._known[key] = _kind_of(codes, stem, beside)
         if kind is None:
             return None
         scales = [beside[ending] for ending in kind.scales]
-        self.beside.update(info.name for info in scales)
-        self.beside.update(beside[ending].name for ending in kind.others)
+        self.beside.update([names[ending] for ending in (*kind.scales, *kind.others)])
         return _Stored(kind, (codes, *scales))
-
-
-def _names_beside(stem: str) -> list[tuple[str, str]]:
-    """What may lie beside the codes of a weight: its ending, and its whole name."""
-    endings = (*_SCALE_ENDINGS, *_REFUSED_ENDINGS, _SHAPE_ENDING)
-    names = [(ending, stem + ending) for ending in endings]
-    if stem.endswith("weight"):
-        module = stem.removesuffix("weight")
-        names += [(ending, module + ending) for ending in _INPUT_ENDINGS]
-    return names
 
 
 def _seems(tensors: Mapping[str, TensorInfo]) -> str:
