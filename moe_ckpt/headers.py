@@ -112,9 +112,10 @@ class _Entries:
         dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
         if not isinstance(dtype, str) or dtype not in BITS:
             raise self._error(name, f"dtype {show(dtype)} is unknown")
-        sizes, positions = _sizes(shape), _sizes(offsets)
+        sizes = _sizes(shape)
         if sizes is None:
             raise self._error(name, f"shape {show(shape)} is not a list of sizes")
+        positions = _sizes(offsets)
         if positions is None or len(positions) != 2:
             raise self._error(name, f"data_offsets {show(offsets)} are not two positions")
         known = self._known.get((dtype, sizes))

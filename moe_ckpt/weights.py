@@ -228,18 +228,17 @@ class _Finder:
     def _find(self, codes: TensorInfo, stem: str) -> _Stored | None:
         """The weight that these are the codes of, if it is stored in a way that can be read."""
         own = codes.name[len(stem) :]
-        names = {ending: stem + ending for ending in _BESIDE[own]}
+        beside: dict[str, TensorInfo] = {}
+        for ending in _BESIDE[own]:
+            if (info := self._tensors.get(stem + ending)) is not None:
+                beside[ending] = info
         if stem.endswith("weight"):
             module = stem.removesuffix("weight")
-            names |= {ending: module + ending for ending in _INPUT_ENDINGS}
-        beside: dict[str, TensorInfo] = {}
-        looks: list[object] = [own, codes.dtype, codes.shape]
-        for ending, name in names.items():
-            info = self._tensors.get(name)
-            if info is not None:
-                beside[ending] = info
-                looks += (ending, info.dtype, info.shape)
-        key = tuple(looks)
+            for ending in _INPUT_ENDINGS:
+                if (info := self._tensors.get(module + ending)) is not None:
+                    beside[ending] = info
+        looks = [(ending, info.dtype, info.shape) for ending, info in beside.items()]
+        key = (own, codes.dtype, codes.shape, *looks)
         try:
             kind = self._known[key]
         except KeyError:
@@ -247,7 +246,7 @@ class _Finder:
         if kind is None:
             return None
         scales = [beside[ending] for ending in kind.scales]
-        self.beside.update([names[ending] for ending in (*kind.scales, *kind.others)])
+        self.beside.update([beside[ending].name for ending in (*kind.scales, *kind.others)])
         return _Stored(kind, (codes, *scales))
 
 
