@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from .checkpoint import Source
@@ -128,11 +129,16 @@ class Announced:
         """Report weights, each with its format and what that is called, that are not described."""
         allowed = _METHODS[self.method]
         numbers = {number for _, number, _ in self._schemes()}
+
+        @cache
+        def is_described(format_name: str) -> bool:
+            is_allowed = format_name.replace("-w4a16", "") in allowed
+            return is_allowed and (not numbers or _number_of(format_name) in numbers)
+
         wrong = [
             f"{name} ({what})"
             for name, format_name, what in stored
-            if format_name.replace("-w4a16", "") not in allowed
-            or (numbers and _number_of(format_name) not in numbers)
+            if not is_described(format_name)
         ]
         if wrong:
             problems.add(

@@ -64,25 +64,21 @@ class Encoding:
             return None
         return shape[:-2], shape[-2], shape[-1] * self.columns
 
-    def find(
-        self, codes: TensorInfo, stem: str, tensors: Mapping[str, TensorInfo]
-    ) -> tuple[TensorInfo, ...] | None:
-        """The tensors beside these codes, in the order of ``scales``; None if they do not fit."""
+    def fits(self, codes: TensorInfo, beside: Mapping[str, TensorInfo]) -> bool:
+        """Whether these are such codes and their scales; ``beside`` has those by their endings."""
         sizes = self.sizes(codes) if codes.dtype == self.dtype else None
         if sizes is None:
-            return None
+            return False
         lead, n, k = sizes
-        found = []
         for scale in self.scales:
-            info = tensors.get(f"{stem}{scale.ending}")
+            info = beside.get(scale.ending)
             if info is None or info.dtype not in scale.dtypes:
-                return None
+                return False
             if scale.is_whole and k % scale.columns:
-                return None
+                return False
             if info.shape not in _spellings(lead, scale.part(info.dtype).shape(n, k)):
-                return None
-            found.append(info)
-        return tuple(found)
+                return False
+        return True
 
 
 def _spellings(lead: tuple[int, ...], shape: tuple[int, ...]) -> set[tuple[int, ...]]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple
 
 from .dtypes import BITS
 from .errors import CheckpointError, show
@@ -20,10 +21,10 @@ from .strict_json import parse_object, type_name
 __all__ = ["Shard", "TensorInfo", "read_header"]
 
 HEADER_CAP_NBYTES = 100_000_000
+_SIZE_CAP = 2**63
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """One tensor of a source shard; ``offset`` counts bytes from the start of the file."""
 
     name: str
@@ -71,10 +72,9 @@ def read_header(path: Path) -> tuple[Shard, list[TensorInfo]]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{show(name)}: header: __metadata__ must map text to text")
     data_nbytes = status.st_size - 8 - length
-    infos = sorted(
-        (_tensor_info(name, key, entry, 8 + length, data_nbytes) for key, entry in header.items()),
-        key=lambda info: (info.offset, info.nbytes),
-    )
+    entries = _Entries(name, 8 + length, data_nbytes)
+    infos = [entries.tensor(key, entry) for key, entry in header.items()]
+    infos.sort(key=attrgetter("offset", "nbytes"))
     position = 8 + length
     for info in infos:
         if info.offset != position:
@@ -91,33 +91,52 @@ def read_header(path: Path) -> tuple[Shard, list[TensorInfo]]:
     return Shard(name, path, status.st_size, status.st_mtime_ns), infos
 
 
-def _tensor_info(
-    shard: str, name: str, entry: Any, data_start: int, data_nbytes: int
-) -> TensorInfo:
-    where = f"{show(shard)}: {show(name)}"
-    if not name.isascii() and any(0xD800 <= ord(c) < 0xE000 for c in name):
-        raise CheckpointError(f"{where}: name is not valid Unicode")
-    if not isinstance(entry, dict):
-        raise CheckpointError(f"{where}: header entry is {type_name(entry)}, not an object")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in BITS:
-        raise CheckpointError(f"{where}: dtype {show(dtype)} is unknown")
-    if not _are_sizes(shape):
-        raise CheckpointError(f"{where}: shape {show(shape)} is not a list of sizes")
-    if not _are_sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{where}: data_offsets {show(offsets)} are not two positions")
-    bits = _bits_of(dtype, shape, 8 * data_nbytes)
-    if bits is None or bits % 8 or offsets[1] - offsets[0] != bits // 8:
-        needs = "more than the file has" if bits is None else f"{bits / 8:g}"
-        raise CheckpointError(
-            f"{where}: {dtype} {show(shape)} needs {needs} bytes, data_offsets give "
-            f"{offsets[1] - offsets[0]}"
-        )
-    nbytes = bits // 8
-    return TensorInfo(name, dtype, tuple(shape), shard, data_start + offsets[0], nbytes)
+class _Entries:
+    """The entries of one header, checked one by one; all data is ``nbytes`` from ``start`` on.
+
+    Most tensors of a shard have a dtype and shape that an earlier one had, and share its values.
+    """
+
+    def __init__(self, shard: str, start: int, nbytes: int) -> None:
+        self._shard = shard
+        self._start = start
+        self._limit = 8 * nbytes
+        self._known: dict[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...], int]] = {}
+
+    def tensor(self, name: str, entry: Any) -> TensorInfo:
+        """One tensor; `CheckpointError` if its entry is not sound."""
+        if not name.isascii() and any(0xD800 <= ord(c) < 0xE000 for c in name):
+            raise self._error(name, "name is not valid Unicode")
+        if not isinstance(entry, dict):
+            raise self._error(name, f"header entry is {type_name(entry)}, not an object")
+        dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        if not isinstance(dtype, str) or dtype not in BITS:
+            raise self._error(name, f"dtype {show(dtype)} is unknown")
+        sizes = _sizes(shape)
+        if sizes is None:
+            raise self._error(name, f"shape {show(shape)} is not a list of sizes")
+        positions = _sizes(offsets)
+        if positions is None or len(positions) != 2:
+            raise self._error(name, f"data_offsets {show(offsets)} are not two positions")
+        known = self._known.get((dtype, sizes))
+        start, end = positions
+        if known is None or end - start != known[2]:
+            bits = _bits_of(dtype, sizes, self._limit)
+            if bits is None or bits % 8 or end - start != bits // 8:
+                needs = "more than the file has" if bits is None else f"{bits / 8:g}"
+                raise self._error(
+                    name,
+                    f"{dtype} {show(shape)} needs {needs} bytes, data_offsets give {end - start}",
+                )
+            known = self._known[dtype, sizes] = (dtype, sizes, bits // 8)
+        dtype, sizes, nbytes = known
+        return TensorInfo(name, dtype, sizes, self._shard, self._start + start, nbytes)
+
+    def _error(self, name: str, problem: str) -> CheckpointError:
+        return CheckpointError(f"{show(self._shard)}: {show(name)}: {problem}")
 
 
-def _bits_of(dtype: str, shape: list[int], limit: int) -> int | None:
+def _bits_of(dtype: str, shape: tuple[int, ...], limit: int) -> int | None:
     """Bits of a tensor; None if they exceed the limit, without multiplying huge numbers."""
     if 0 in shape:
         return 0
@@ -129,8 +148,11 @@ def _bits_of(dtype: str, shape: list[int], limit: int) -> int | None:
     return bits
 
 
-def _are_sizes(value: Any) -> TypeGuard[list[int]]:
-    """Whether a JSON value is a list of integers in [0, 2**63)."""
-    return isinstance(value, list) and all(
-        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in value
-    )
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    """A JSON list of integers in [0, 2**63); None for anything else."""
+    if not isinstance(value, list):
+        return None
+    for n in value:
+        if type(n) is not int or not 0 <= n < _SIZE_CAP:
+            return None
+    return tuple(value)

@@ -6,7 +6,7 @@ expert. The experts of a layer are one unit that may be cut between experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from .checkpoint import SINGLE
@@ -61,7 +61,8 @@ Unit = CopyUnit | ConstantUnit | QuantUnit
 class _Run:
     """Output tensors of one dtype that lie one after another."""
 
-    tensors: list[OutTensor]
+    tensors: Sequence[OutTensor]
+    nbytes: int
     offset: int = 0
 
 
@@ -155,19 +156,17 @@ def _shard_names(count: int) -> list[str]:
 
 def _place(name: str, filled: _Bin, dialect: Dialect) -> OutShard:
     """Order the tensors of a shard and compute all offsets."""
-    copies = [_Run(list(unit.tensors)) for unit in filled.copies]
+    copies = [_Run(unit.tensors, unit.read.nbytes) for unit in filled.copies]
     shapes = [unit for job in filled.jobs for unit in _shapes(job, dialect)]
     fixed = [*filled.constants, *shapes]
-    constants = [_Run([unit.tensor]) for unit in fixed]
-    regions = [
-        [_Run(list(_job_tensors(job, part, dialect))) for part in job.parts] for job in filled.jobs
-    ]
+    constants = [_Run([unit.tensor], len(unit.data)) for unit in fixed]
+    regions = [[_run_of(job, part, dialect) for part in job.parts] for job in filled.jobs]
     runs = [*copies, *constants, *(run for of_job in regions for run in of_job)]
     runs.sort(key=lambda run: by_alignment(run.tensors[0]))
     position = 0
     for run in runs:
         run.offset = position
-        position += sum(tensor.nbytes for tensor in run.tensors)
+        position += run.nbytes
     tensors = tuple(tensor for run in runs for tensor in run.tensors)
     return OutShard(
         name=name,
@@ -196,26 +195,31 @@ def _place(name: str, filled: _Bin, dialect: Dialect) -> OutShard:
 def _shapes(job: Job, dialect: Dialect) -> Iterator[ConstantUnit]:
     """The tensors that say N and K of each matrix, where the dialect has them."""
     suffix = dialect.spellings[job.format].shape_suffix
-    for slab in job.slabs if suffix else ():
-        for module, n in zip(slab.modules, job.rows, strict=True):
-            data = b"".join(size.to_bytes(8, "little") for size in (n, job.columns))
+    if not suffix:
+        return
+    sizes = [n.to_bytes(8, "little") + job.columns.to_bytes(8, "little") for n in job.rows]
+    for slab in job.slabs:
+        for module, data in zip(slab.modules, sizes, strict=True):
             yield ConstantUnit(OutTensor(f"{module}.{suffix}", "I64", (2,)), data)
 
 
-def _job_tensors(job: Job, part: Part, dialect: Dialect) -> Iterator[OutTensor]:
+def _run_of(job: Job, part: Part, dialect: Dialect) -> _Run:
+    """The tensors that hold one part of all slabs of a job."""
     shapes = [part.shape(n, job.columns) for n in job.rows]
-
-    def name_of(module: str) -> str:
-        return dialect.tensor_name(job.format, module, part.role, job.is_stacked)
-
     if job.is_stacked:
         (module,), (shape,) = job.slabs[0].modules, shapes
+        name = dialect.tensor_name(job.format, module, part.role, True)
         stacked = (len(job.slabs), *shape[::-1]) if shape else dialect.scalar_shape
-        yield OutTensor(name_of(module), part.dtype, stacked)
-        return
-    for slab in job.slabs:
-        for module, shape in zip(slab.modules, shapes, strict=True):
-            yield OutTensor(name_of(module), part.dtype, shape or dialect.scalar_shape)
+        tensor = OutTensor(name, part.dtype, stacked)
+        return _Run([tensor], tensor.nbytes)
+    ending = dialect.tensor_name(job.format, "", part.role, False)
+    stored = [shape or dialect.scalar_shape for shape in shapes]
+    tensors = [
+        OutTensor(module + ending, part.dtype, shape)
+        for slab in job.slabs
+        for module, shape in zip(slab.modules, stored, strict=True)
+    ]
+    return _Run(tensors, len(job.slabs) * _slab_nbytes(job, part))
 
 
 def _region(job: Job, part: Part, offset: int) -> Region:

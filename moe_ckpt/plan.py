@@ -11,7 +11,9 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from json.encoder import encode_basestring as quoted
 from pathlib import Path
+from typing import NamedTuple
 
 from .checkpoint import SideFile
 from .dtypes import itemsize, nbytes_of
@@ -23,8 +25,7 @@ __all__ = ["Constant", "Copy", "Encoded", "Job", "OutShard", "OutTensor", "Plan"
 __all__ += ["Region", "Slab", "by_alignment", "header_of", "index_of"]
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """A contiguous byte range of a source shard."""
 
     shard: str
@@ -44,6 +45,9 @@ class Encoded:
     parts: tuple[Part, ...]
     inverse: tuple[str, ...] = ()
 
+    def __hash__(self) -> int:
+        return hash(self.format)  # of all parts it would take long, and nearly all are equal
+
     @property
     def is_plain(self) -> bool:
         """Whether the weights are not quantized."""
@@ -60,8 +64,7 @@ class Encoded:
         return max(part.rows for part in self.parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Slab:
+class Slab(NamedTuple):
     """Matrices stacked by rows that share one weight amax, such as gate and up of an expert.
 
     ``reads``: for each source tensor in order, the bytes of each of its parts. ``labels``: what to
@@ -177,8 +180,7 @@ class Constant:
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class OutTensor:
+class OutTensor(NamedTuple):
     """One tensor of an output shard."""
 
     name: str
@@ -303,17 +305,19 @@ class Plan:
 
 def header_of(tensors: tuple[OutTensor, ...]) -> bytes:
     """The first bytes of a safetensors file: length and JSON, padded so that data is aligned."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    # Put together by hand, and so is the index: there can be 300,000 tensors.
+    entries = ['"__metadata__":{"format":"pt"}']
+    known: dict[tuple[str, tuple[int, ...]], tuple[int, str]] = {}
     position = 0
-    for tensor in tensors:
-        end = position + tensor.nbytes
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": tensor.shape,
-            "data_offsets": (position, end),
-        }
+    for name, dtype, shape in tensors:
+        if (dtype, shape) not in known:
+            sizes = ",".join(map(str, shape))
+            known[dtype, shape] = nbytes_of(dtype, shape), f'"dtype":"{dtype}","shape":[{sizes}]'
+        nbytes, described = known[dtype, shape]
+        end = position + nbytes
+        entries.append(f'{quoted(name)}:{{{described},"data_offsets":[{position},{end}]}}')
         position = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text = f"{{{','.join(entries)}}}".encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
@@ -323,9 +327,15 @@ def index_of(plan: Plan) -> str | None:
     if len(plan.shards) == 1:
         return None
     weight_map = {tensor.name: shard.name for shard in plan.shards for tensor in shard.tensors}
-    metadata = {"total_parameters": plan.num_parameters, "total_size": plan.tensors_nbytes}
-    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+    lines = (f"    {quoted(name)}: {quoted(weight_map[name])}" for name in sorted(weight_map))
+    return (
+        "{\n"
+        '  "metadata": {\n'
+        f'    "total_parameters": {plan.num_parameters},\n'
+        f'    "total_size": {plan.tensors_nbytes}\n'
+        "  },\n"
+        '  "weight_map": {\n' + ",\n".join(lines) + "\n  }\n}\n"
+    )
 
 
 def by_alignment(tensor: OutTensor) -> int:

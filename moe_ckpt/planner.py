@@ -7,9 +7,11 @@ at once, before a byte of weights is read.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Unpack
 
@@ -35,6 +37,19 @@ from .weights import Weights, weights_of
 __all__ = ["make_plan"]
 
 
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Pause the search for reference cycles: a plan has none, and a million values to look at."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@_without_collector()
 def make_plan(in_dir: str | os.PathLike[str], **options: Unpack[PlanOptions]) -> Plan:
     """Decide a conversion from headers, config and statistics; reads no weights.
 
@@ -262,15 +277,15 @@ class _Planner:
             )
         return tuple(notes)
 
-    def _refuse_collisions(self, shards: Iterable[OutShard]) -> None:
+    def _refuse_collisions(self, shards: Sequence[OutShard]) -> None:
+        names = [tensor.name for shard in shards for tensor in shard.tensors]
         seen: set[str] = set()
-        for shard in shards:
-            for tensor in shard.tensors:
-                if tensor.name in seen:
-                    self.problems.add(
-                        LayoutError,
-                        f"{show(tensor.name)}: would be written twice; the source already holds a "
-                        "tensor of this name",
-                    )
-                seen.add(tensor.name)
+        for name in names if len(set(names)) < len(names) else ():
+            if name in seen:
+                self.problems.add(
+                    LayoutError,
+                    f"{show(name)}: would be written twice; the source already holds a tensor of "
+                    "this name",
+                )
+            seen.add(name)
         self.problems.check()

@@ -133,14 +133,15 @@ class UnitMaker:
         slabs = []
         for expert in range(found.num_experts):
             ranges = found.ranges(side, expert)
-            names = [f"{_module(found, expert)}.{name}" for name in side.projections]
+            module = _module(found, expert)
+            names = [f"{module}.{name}" for name in side.projections]
             modules = [t.removesuffix("_blocks") for t in side.tensors] if is_stacked else names
-            labels = tuple(_label(range_, found, expert) for range_ in ranges)
-            reads = tuple(self._weights.reads(r.tensor, r.start, r.count) for r in ranges)
+            labels = tuple([_label(range_, found, expert) for range_ in ranges])
+            reads = tuple([self._weights.reads(*range_) for range_ in ranges])
             slabs.append(Slab(reads, tuple(modules), labels, self._amax_of(names)))
         job = self._job(
             tuple(slabs),
-            tuple(range_.count // side.columns for range_ in ranges),
+            tuple(range_.num_items // side.columns for range_ in ranges),
             side.rows,
             side.columns,
             encoded,
@@ -252,6 +253,8 @@ class UnitMaker:
         return self._calibration.experts_amax(found, side.projections, self._problems)
 
     def _amax_of(self, modules: Sequence[str]) -> float | None:
+        if not self._weight_amax:
+            return None
         known = [self._weight_amax.get(module) for module in modules]
         return None if None in known else max(a for a in known if a is not None)
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from math import prod
+from typing import NamedTuple
 
 from .announced import announcements
 from .checkpoint import Source
-from .dtypes import FLOATS, nbytes_of
-from .encodings import ENCODINGS, SCALE_ENDINGS
+from .dtypes import BITS, FLOATS, nbytes_of
+from .encodings import ENCODINGS, SCALE_ENDINGS, Encoding
 from .errors import CheckpointError, Problems, show, show_some
 from .formats import Part
 from .headers import TensorInfo
@@ -24,22 +26,49 @@ from .plan import Encoded, Read
 
 __all__ = ["Weights", "weights_of"]
 
-_INPUT_ENDINGS = ("input_scale", "input_global_scale")
 _CODES = frozenset({"F8_E4M3", "U8", "I8", "I32"})
+_CODE_ENDINGS = ("weight_packed", "_proj_packed", "weight_blocks", "_proj_blocks")
+
+_REFUSED_ENDINGS = ("_zero_point", "_g_idx")
+_SHAPE_ENDING = "_shape"
+# What may lie beside codes, by their own ending: after the name of their weight ...
+_BESIDE = {
+    of.ending: tuple(
+        dict.fromkeys(
+            (
+                *(scale.ending for e in ENCODINGS if e.ending == of.ending for scale in e.scales),
+                *_REFUSED_ENDINGS,
+                _SHAPE_ENDING,
+            )
+        )
+    )
+    for of in ENCODINGS
+}
+# ... and after that of its module.
+_INPUT_ENDINGS = ("input_scale", "input_global_scale")
 
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
-    """The tensors behind a quantized weight of some shape, one for each part.
+class _Kind:
+    """How quantized weights of one shape are stored.
 
-    ``beside``: their names without that of the codes, and what else belongs to them.
+    ``scales``: the endings of the tensors beside the codes, one for each other part. ``others``:
+    endings of what else belongs to them. ``part_nbytes``: bytes of each part of one matrix.
     """
 
     name: str
     encoded: Encoded
     shape: tuple[int, ...]
+    scales: tuple[str, ...]
+    others: tuple[str, ...]
+    part_nbytes: tuple[int, ...]
+
+
+class _Stored(NamedTuple):
+    """A quantized weight: of which kind, and the tensors behind it, one for each part."""
+
+    kind: _Kind
     infos: tuple[TensorInfo, ...]
-    beside: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +84,12 @@ class Weights:
     kv_cache: bool
     warnings: tuple[str, ...]
     _stored: Mapping[str, _Stored] = field(repr=False)
+    _kinds: tuple[_Kind, ...] = field(repr=False)
 
     def encoded(self, name: str) -> Encoded:
         """How a weight is stored."""
         stored = self._stored.get(name)
-        return stored.encoded if stored else plain(self.tensors[name].dtype)
+        return stored.kind.encoded if stored else plain(self.tensors[name].dtype)
 
     def reads(self, name: str, start: int = 0, count: int | None = None) -> tuple[Read, ...]:
         """The bytes of ``count`` weights of a tensor, from weight ``start`` on, for each part.
@@ -69,29 +99,31 @@ class Weights:
         info = self.tensors[name]
         stored = self._stored.get(name)
         if stored is None:
-            skip = nbytes_of(info.dtype, (start,))
-            nbytes = info.nbytes if count is None else nbytes_of(info.dtype, (count,))
-            return (Read(info.shard, info.offset + skip, nbytes),)
+            bits = BITS[info.dtype]
+            nbytes = info.nbytes if count is None else count * bits // 8
+            return (Read(info.shard, info.offset + start * bits // 8, nbytes),)
         n, k = info.shape[-2:]
         first, matrices = start // (n * k), (info.shape[0] if len(info.shape) == 3 else 1)
         if count is not None:
             matrices = count // (n * k)
-        found = []
-        for part, tensor in zip(stored.encoded.parts, stored.infos, strict=True):
-            nbytes = nbytes_of(part.dtype, part.shape(n, k))
-            found.append(Read(tensor.shard, tensor.offset + first * nbytes, matrices * nbytes))
-        return tuple(found)
+        return tuple(
+            [
+                Read(tensor.shard, tensor.offset + first * nbytes, matrices * nbytes)
+                for tensor, nbytes in zip(stored.infos, stored.kind.part_nbytes, strict=True)
+            ]
+        )
 
     def all_encoded(self) -> set[Encoded]:
         """The ways in which quantized weights are stored."""
-        return {stored.encoded for stored in self._stored.values()}
+        return {kind.encoded for kind in self._kinds}
 
     def what_is(self, name: str) -> str:
         """What a tensor is stored as, for people; '' if it is not quantized."""
         stored = self._stored.get(name)
-        return stored.name if stored else ""
+        return stored.kind.name if stored else ""
 
 
+@cache
 def plain(dtype: str) -> Encoded:
     """Weights that are stored as they are."""
     return Encoded("bf16", (Part("qweight", dtype, 1),))
@@ -105,10 +137,11 @@ def weights_of(source: Source) -> Weights:
     """
     announced = announcements(source)
     problems = Problems()
-    stored = _stored_weights(source.tensors, problems)
+    finder = _Finder(source.tensors)
+    stored = finder.all_weights(problems)
     problems.check()
     names = {of.infos[0].name: name for name, of in stored.items()}
-    beside = {name for of in stored.values() for name in of.beside}
+    beside = finder.beside
     orphans = [
         name
         for name in source.tensors
@@ -120,9 +153,9 @@ def weights_of(source: Source) -> Weights:
             f"{show_some(orphans)}: belongs to no quantized weight; the checkpoint is incomplete, "
             f"or quantized in a way that this version does not know{_seems(source.tensors)}",
         )
-    for of in announced:
-        of.refuse_contradictions(
-            ((name, found.encoded.format, found.name) for name, found in stored.items()), problems
+    for said in announced:
+        said.refuse_contradictions(
+            ((name, of.kind.encoded.format, of.kind.name) for name, of in stored.items()), problems
         )
     problems.check()
     tensors = {}
@@ -130,7 +163,7 @@ def weights_of(source: Source) -> Weights:
         if name in names:
             found = stored[names[name]]
             tensors[names[name]] = TensorInfo(
-                names[name], "F32", found.shape, info.shard, info.offset, info.nbytes
+                names[name], "F32", found.kind.shape, info.shard, info.offset, info.nbytes
             )
         elif name not in beside:
             tensors[name] = info
@@ -142,36 +175,79 @@ def weights_of(source: Source) -> Weights:
         )
     return Weights(
         tensors=tensors,
-        encodings=Counter(of.name for of in stored.values()),
+        encodings=Counter(of.kind.name for of in stored.values()),
         kv_cache=any(of.has_kv_cache for of in announced),
         warnings=tuple(warnings),
         _stored=stored,
+        _kinds=finder.kinds,
     )
 
 
-def _stored_weights(tensors: Mapping[str, TensorInfo], problems: Problems) -> dict[str, _Stored]:
-    """The quantized weights, by the names they would have if they were not."""
-    found: dict[str, _Stored] = {}
-    unread: list[str] = []
-    for info in tensors.values():
-        stem = _stem(info) if info.dtype in _CODES else None
-        if stem is None:
-            continue
-        match = _match(info, stem, tensors)
-        if match is None:
-            unread.append(_why_not(info, stem, tensors))
-            continue
-        name = info.name if info.name.endswith("_blocks") else stem
-        if name in found or (name != info.name and name in tensors):
-            problems.add(
-                CheckpointError,
-                f"{show(name)}: is stored twice, also as {show(info.name)}; which of them counts "
-                "cannot be told",
-            )
-        found[name] = match
-    if unread:
-        problems.add(CheckpointError, f"{show_some(unread)}{_seems(tensors)}")
-    return found
+class _Finder:
+    """Finds the quantized weights among tensors.
+
+    Weights whose tensors are alike in endings, dtypes and shapes are of one kind, which is worked
+    out for the first of them. ``beside``: the names of all tensors that are not codes.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+        self._tensors = tensors
+        self._known: dict[tuple[object, ...], _Kind | None] = {}
+        self.beside: set[str] = set()
+
+    @property
+    def kinds(self) -> tuple[_Kind, ...]:
+        """All kinds that were found."""
+        return tuple(kind for kind in self._known.values() if kind is not None)
+
+    def all_weights(self, problems: Problems) -> dict[str, _Stored]:
+        """The quantized weights, by the names they would have if they were not."""
+        tensors = self._tensors
+        found: dict[str, _Stored] = {}
+        unread: list[str] = []
+        for info in tensors.values():
+            stem = _stem(info) if info.dtype in _CODES else None
+            if stem is None:
+                continue
+            stored = self._find(info, stem)
+            if stored is None:
+                unread.append(_why_not(info, stem, tensors))
+                continue
+            name = info.name if info.name.endswith("_blocks") else stem
+            if name in found or (name != info.name and name in tensors):
+                problems.add(
+                    CheckpointError,
+                    f"{show(name)}: is stored twice, also as {show(info.name)}; which of them "
+                    "counts cannot be told",
+                )
+            found[name] = stored
+        if unread:
+            problems.add(CheckpointError, f"{show_some(unread)}{_seems(tensors)}")
+        return found
+
+    def _find(self, codes: TensorInfo, stem: str) -> _Stored | None:
+        """The weight that these are the codes of, if it is stored in a way that can be read."""
+        own = codes.name[len(stem) :]
+        beside: dict[str, TensorInfo] = {}
+        for ending in _BESIDE[own]:
+            if (info := self._tensors.get(stem + ending)) is not None:
+                beside[ending] = info
+        if stem.endswith("weight"):
+            module = stem.removesuffix("weight")
+            for ending in _INPUT_ENDINGS:
+                if (info := self._tensors.get(module + ending)) is not None:
+                    beside[ending] = info
+        looks = [(ending, info.dtype, info.shape) for ending, info in beside.items()]
+        key = (own, codes.dtype, codes.shape, *looks)
+        try:
+            kind = self._known[key]
+        except KeyError:
+            kind = self._known[key] = _kind_of(codes, stem, beside)
+        if kind is None:
+            return None
+        scales = [beside[ending] for ending in kind.scales]
+        self.beside.update([beside[ending].name for ending in (*kind.scales, *kind.others)])
+        return _Stored(kind, (codes, *scales))
 
 
 def _seems(tensors: Mapping[str, TensorInfo]) -> str:
@@ -184,11 +260,9 @@ def _stem(info: TensorInfo) -> str | None:
     """The name of the weight that these could be the codes of; None if they cannot."""
     if len(info.shape) < 2:
         return None
-    name = info.name
-    for ending in ("_packed", "_blocks"):
-        if name.endswith((f"weight{ending}", f"_proj{ending}")):
-            return name.removesuffix(ending)
-    return name if _is_weight(info) else None
+    if info.name.endswith(_CODE_ENDINGS):
+        return info.name.rpartition("_")[0]
+    return info.name if _is_weight(info) else None
 
 
 def _is_weight(info: TensorInfo) -> bool:
@@ -198,41 +272,39 @@ def _is_weight(info: TensorInfo) -> bool:
     return len(info.shape) == 3 and info.dtype == "F8_E4M3" and not info.name.endswith("_scale")
 
 
-def _match(info: TensorInfo, stem: str, tensors: Mapping[str, TensorInfo]) -> _Stored | None:
-    """The weight that these are the codes of, if it is stored in a way that can be read."""
-    if f"{stem}_zero_point" in tensors or f"{stem}_g_idx" in tensors:
+def _kind_of(codes: TensorInfo, stem: str, beside: Mapping[str, TensorInfo]) -> _Kind | None:
+    """How the weight of these codes is stored; None if it cannot be read."""
+    if any(ending in beside for ending in _REFUSED_ENDINGS):
         return None
     for encoding in ENCODINGS:
-        if info.name != f"{stem}{encoding.ending}":
-            continue
-        scales = encoding.find(info, stem, tensors)
-        if scales is None:
-            continue
-        parts = [Part("qweight", info.dtype, encoding.columns)]
-        parts += [
-            scale.part(found.dtype) for scale, found in zip(encoding.scales, scales, strict=True)
-        ]
-        infos = [info, *scales]
-        number_format = encoding.format
-        module = stem.removesuffix("weight")
-        beside = [f"{stem}_shape", *(f"{module}{e}" for e in _INPUT_ENDINGS if module != stem)]
-        others = [name for name in beside if name in tensors]
-        inputs = [tensors[name] for name in others if name.endswith(_INPUT_ENDINGS)]
-        is_number = inputs and inputs[0].dtype in FLOATS and prod(inputs[0].shape) == 1
-        if number_format in ("fp8-tensor", "nvfp4") and is_number:
-            parts.append(Part("input_scale", inputs[0].dtype, 0))
-            infos.append(inputs[0])
-        elif number_format == "nvfp4":
-            number_format = "nvfp4-w4a16"
-        lead, n, k = encoding.sizes(info) or ((), 0, 0)
-        return _Stored(
-            name=encoding.name,
-            encoded=Encoded(number_format, tuple(parts), encoding.inverse),
-            shape=(*lead, n, k),
-            infos=tuple(infos),
-            beside=(*(of.name for of in infos[1:]), *others),
-        )
+        if codes.name == stem + encoding.ending and encoding.fits(codes, beside):
+            return _kind_in(encoding, codes, beside)
     return None
+
+
+def _kind_in(encoding: Encoding, codes: TensorInfo, beside: Mapping[str, TensorInfo]) -> _Kind:
+    """The kind of a weight that is stored in this encoding."""
+    parts = [Part("qweight", codes.dtype, encoding.columns)]
+    parts += [scale.part(beside[scale.ending].dtype) for scale in encoding.scales]
+    scales = [scale.ending for scale in encoding.scales]
+    number_format = encoding.format
+    inputs = [ending for ending in _INPUT_ENDINGS if ending in beside]
+    first = beside[inputs[0]] if inputs else None
+    is_number = first is not None and first.dtype in FLOATS and prod(first.shape) == 1
+    if number_format in ("fp8-tensor", "nvfp4") and first is not None and is_number:
+        parts.append(Part("input_scale", first.dtype, 0))
+        scales.append(inputs[0])
+    elif number_format == "nvfp4":
+        number_format = "nvfp4-w4a16"
+    lead, n, k = encoding.sizes(codes) or ((), 0, 0)
+    return _Kind(
+        name=encoding.name,
+        encoded=Encoded(number_format, tuple(parts), encoding.inverse),
+        shape=(*lead, n, k),
+        scales=tuple(scales),
+        others=tuple(ending for ending in (_SHAPE_ENDING, *inputs) if ending in beside),
+        part_nbytes=tuple(nbytes_of(part.dtype, part.shape(n, k)) for part in parts),
+    )
 
 
 def _why_not(info: TensorInfo, stem: str, tensors: Mapping[str, TensorInfo]) -> str:

@@ -69,7 +69,7 @@ def detect(
     """
     given = given or Given()
     problems = Problems()
-    lora = [name for name in tensors if _LORA.search(name)]
+    lora = [name for name in tensors if ".lora_" in name and _LORA.search(name)]
     if lora:
         raise LayoutError(
             f"{show_some(lora)}: belong to a LoRA adapter; merge it into the model first"
@@ -194,9 +194,9 @@ def _group(
             form, layer, source = forms[0], match[1], f"{match[1]}.{match[2]}"
             is_bias = match["leaf"] in form.biases
             key = (source, form.leaves)
-            group = containers.setdefault(
-                key, Container(layer, source, forms, tensors, family, sizes)
-            )
+            group = containers.get(key)
+            if group is None:
+                group = containers[key] = Container(layer, source, forms, tensors, family, sizes)
             found = True
             if not is_bias:
                 expert = int(match[3] or -1)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .family import INTERLEAVED, LAYOUTS, SPLIT
 
 __all__ = ["Experts", "Range", "Side"]
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
+class Range(NamedTuple):
     """Contiguous items of a tensor."""
 
     tensor: str
     start: int
-    count: int
+    num_items: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,9 @@ class Experts:
         if self.layout == SPLIT:
             each = len(side.tensors) // self.num_experts
             names = side.tensors[expert * each : (expert + 1) * each]
-            return tuple(Range(name, 0, items // each) for name in names)
-        items //= len(side.tensors)
-        return tuple(Range(name, expert * items, items) for name in side.tensors)
+            start, items = 0, items // each
+        else:
+            names = side.tensors
+            items //= len(names)
+            start = expert * items
+        return tuple([Range(name, start, items) for name in names])

@@ -18,7 +18,8 @@ def refuse_unrestorable(
     family: Family, tensors: Mapping[str, TensorInfo], problems: Problems
 ) -> None:
     """Report names that only transformers writes, and whose old form is lost."""
-    found = [name for name in tensors if any(part in name for part in family.not_restorable)]
+    lost = family.not_restorable
+    found = [name for name in tensors if any(part in name for part in lost)] if lost else []
     if found:
         problems.add(
             LayoutError,
