@@ -81,6 +81,7 @@ def budget_for(backend: Backend, limits: Limits, gathered: int = 0) -> Budget:
         stage = min(stage, share // 4)
         chunk_items = min(chunk_items, share // 2 // _TEMPORARIES)
     stage = max(_LEAST_STAGE_NBYTES // 4, min(stage, _MOST_STAGE_NBYTES))
+    chunk_items = min(chunk_items, stage // 4)  # decoded, they are as large as the stage
     return Budget(stage, max(chunk_items, 1 << 16), workers)
 
 

@@ -19,7 +19,7 @@ from . import Backend
 
 __all__ = ["NumbaEngine", "backend"]
 
-_CHUNK_ITEMS = 1 << 20
+_CHUNK_ITEMS = 1 << 22
 _BITS = {"float16": np.int16, "float32": np.uint32, "uint16": np.uint16}
 
 

@@ -21,6 +21,7 @@ from .elements import (
     compiled,
     e2m1,
     e4m3,
+    inlined,
     largest_of_16,
     magnitude,
     of_e4m3,
@@ -40,7 +41,7 @@ def _largest_of_blocks(row: Any, block: int, largest: Any) -> None:
         largest[i] = as_number(found)
 
 
-@compiled
+@inlined
 def _spread(values: Any, count: int, out: Any) -> None:
     """Each value ``count`` times, so that the loop over weights has no loop in it."""
     for i in range(values.size):
