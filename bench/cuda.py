@@ -88,22 +88,38 @@ def kernel(number_format: str, experts: int, n: int, k: int, rounds: int) -> Fig
 def quantizer(
     number_format: str, weight_BNK: torch.Tensor
 ) -> tuple[Callable[[], object], dict[str, torch.Tensor]]:
-    """What finds amax and quantizes as a conversion does, into tensors that are there already."""
+    """What finds amax and quantizes as a conversion does, into tensors that are there already.
+
+    Scales of whole matrices and rows are made before: a conversion makes them on the host.
+    """
+    import torch
+
+    from moe_ckpt.engines.with_torch import kernels_for
     from moe_ckpt.formats import find_format
     from moe_ckpt.formats.amax import abs_max
+    from moe_ckpt.formats.scales import scale_of
     from moe_ckpt.formats.scratch import Scratch
 
     row = find_format(number_format)
-    codec = row.codec()
-    scratch = Scratch(weight_BNK.device)
+    name = row.module.partition(":")[0]
+    codec, scratch = row.codec(), Scratch(weight_BNK.device)
+    kernels = kernels_for(weight_BNK.device)[0] if weight_BNK.is_cuda else None
+    scale = None
+    if row.largest:
+        amax_BN = abs_max(weight_BNK)
+        amax = (amax_BN if row.amax_of_rows else amax_BN.amax(1)).cpu().numpy()
+        scale = torch.from_numpy(scale_of(amax, row.largest)).to(weight_BNK.device)
+    parts = codec.quantize(weight_BNK, scale, None, scratch)
 
-    def quantize(out: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        amax_BN = abs_max(weight_BNK, scratch)
-        amax = amax_BN if row.amax_of_rows else amax_BN.amax(1)
-        return codec.quantize(weight_BNK, amax, out, scratch)
+    def quantize() -> None:
+        if kernels and name in kernels.FORMATS:
+            kernels.row_amax(weight_BNK)
+            kernels.quantize(name, weight_BNK, scale, parts)
+        else:
+            abs_max(weight_BNK, scratch)
+            codec.quantize(weight_BNK, scale, parts, scratch)
 
-    parts = quantize()
-    return lambda: quantize(parts), parts
+    return quantize, parts
 
 
 def conversions(source: str, out: str, times: int, options: dict[str, Any]) -> Figure:

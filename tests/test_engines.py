@@ -341,7 +341,7 @@ def test_unknown_devices_are_refused(name):
 
 
 def test_without_a_gpu_for_triton_torch_does_it_and_says_why():
-    kernels, why = with_torch._kernels(torch.device("cpu"))
+    kernels, why = with_torch.kernels_for(torch.device("cpu"))
     assert kernels is None
     assert why.startswith("Triton cannot be used (")
     assert "\n" not in why

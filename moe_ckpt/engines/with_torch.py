@@ -19,7 +19,7 @@ from ..formats.scratch import Scratch
 from ..plan import Encoded
 from . import Backend
 
-__all__ = ["TorchEngine", "backend", "cuda_devices"]
+__all__ = ["TorchEngine", "backend", "cuda_devices", "kernels_for"]
 
 _DTYPES = {
     "BF16": torch.bfloat16,
@@ -48,12 +48,12 @@ def backend(device: str) -> Backend:
     if device == "cpu":
         make = partial(TorchEngine, torch.device(device))
         return Backend(device, make, _CPU_CHUNK_ITEMS, _one_thread, _NO_NUMBA)
-    kernels, why = _kernels(torch.device(device))
+    kernels, why = kernels_for(torch.device(device))
     make = partial(TorchEngine, torch.device(device), kernels)
     return Backend(device, make, _CUDA_CHUNK_ITEMS, _one_thread, why)
 
 
-def _kernels(device: torch.device) -> tuple[ModuleType | None, str]:
+def kernels_for(device: torch.device) -> tuple[ModuleType | None, str]:
     """Triton's, if they run; else why not."""
     try:
         from ..kernels import gpu
