@@ -109,7 +109,8 @@ def quantizer(
         amax_BN = abs_max(weight_BNK)
         amax = (amax_BN if row.amax_of_rows else amax_BN.amax(1)).cpu().numpy()
         scale = torch.from_numpy(scale_of(amax, row.largest)).to(weight_BNK.device)
-    parts = codec.quantize(weight_BNK, scale, None, scratch)
+    made = codec.quantize(weight_BNK, scale, None, scratch)
+    parts = {role: part.clone() for role, part in made.items()}  # one may be the scale itself
 
     def quantize() -> None:
         if kernels and name in kernels.FORMATS:
