@@ -109,9 +109,10 @@ class Options:
 class Limits:
     """What a conversion may use of a machine.
 
-    ``workers``: threads; None for one per core, 16 at most. ``memory`` and ``device_memory``: all
-    buffers together, on the host and on the GPU, beside the program itself; bytes, or text such as
-    "256MiB". A matrix that must be gathered before it is written may need more.
+    ``workers``: threads; None for one per core, at most 16, or 8 with CUDA. ``memory`` and
+    ``device_memory``: all buffers together, on the host and on the GPU, beside the program itself;
+    bytes, or text such as "256MiB". A matrix that must be gathered before it is written may need
+    more.
 
     Raises:
         UsageError: one is not such a size, or ``workers`` is below 1.

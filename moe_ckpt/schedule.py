@@ -21,6 +21,8 @@ __all__ = ["Batch", "Budget", "batches", "budget_for", "gathered_nbytes", "peak_
 _MIB = 1 << 20
 _MOST_STAGE_NBYTES = 16 * _MIB
 _LEAST_STAGE_NBYTES = _MIB
+_MOST_WORKERS, _MOST_CUDA_WORKERS = 16, 8
+_BUFFERS = 3  # a worker needs so many times its stage: what it reads, decodes or orders, and writes
 _TEMPORARIES = 24  # bytes that torch's codecs need for a weight beside its code
 
 
@@ -71,10 +73,11 @@ def budget_for(backend: Backend, limits: Limits, gathered: int = 0) -> Budget:
     Fewer workers before smaller buffers: those cost more than they save.
     """
     memory = parse_size(limits.memory)
-    workers = limits.workers or min(16, len(os.sched_getaffinity(0)))
-    least = 2 * _LEAST_STAGE_NBYTES + gathered
+    most = _MOST_CUDA_WORKERS if backend.is_cuda else _MOST_WORKERS
+    workers = limits.workers or min(most, len(os.sched_getaffinity(0)))
+    least = _BUFFERS * _LEAST_STAGE_NBYTES + gathered
     workers = max(1, min(workers, memory // least))
-    stage = (memory // workers - gathered) // 2
+    stage = (memory // workers - gathered) // _BUFFERS
     chunk_items = backend.chunk_items
     if backend.is_cuda:
         share = parse_size(limits.device_memory) // workers

@@ -121,6 +121,18 @@ def test_a_plan_of_many_tensors(tmp_path):
     assert [found["form"] for found in runs] == ["fused", "split"]
 
 
+def test_a_profile_accounts_for_the_stages(tmp_path):
+    target = tmp_path / "out.json"
+    done = bench("profile", tmp_path / "work", "--size", "2MB", "--json", target)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(target.read_text())
+    assert {"read", "find amax", "quantize", "write"} <= document["stages"].keys()
+    assert all(stage["calls"] for stage in document["stages"].values())
+    spent = sum(stage["cpu_seconds"] for stage in document["stages"].values())
+    assert 0 < spent <= document["cpu_seconds"] + 0.1
+    assert not any((tmp_path / "work").iterdir())
+
+
 def test_limits_of_files_and_starts(tmp_path):
     args = ("--size", "16MB", "--rounds", 1, "--threads", 2, "--json", tmp_path / "out.json")
     done = bench("limits", tmp_path, *args)

@@ -10,7 +10,6 @@ import ctypes
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import numpy as np
@@ -113,13 +112,16 @@ def backend_for(device: str) -> Backend:
             raise EnvironmentFaultError(
                 f"device {device}: torch finds {count} CUDA devices; use --device cpu"
             )
-    if find_spec("numba"):
+    try:
         from . import with_numba
+    except (ImportError, OSError) as error:  # not there, not for this numpy, without its LLVM
+        from . import with_torch
 
-        return with_numba.backend()
-    from . import with_torch
-
-    return with_torch.backend("cpu")
+        why = f"numba cannot be used ({show(error)}); torch does the arithmetic, slower"
+        if isinstance(error, ImportError) and error.name == "numba":
+            why = "numba is not installed; with moe-ckpt[fast] a CPU converts several times faster"
+        return with_torch.backend("cpu", why)
+    return with_numba.backend()
 
 
 def _has_driver() -> bool:

@@ -6,16 +6,20 @@ Rows are handed to kernels as flat arrays with strides, for compiled loops over 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from ..formats import QuantFormat, find_format
+from ..kernels import dequantize, quantize, rows
 from ..plan import Encoded
 from ..stored import numbers
 from . import Backend
+
+if TYPE_CHECKING:
+    from .with_torch import TorchEngine
 
 __all__ = ["NumbaEngine", "backend"]
 
@@ -29,7 +33,7 @@ def backend() -> Backend:
 
 
 class NumbaEngine:
-    """Compiled loops over numpy arrays; the kernels are imported when first used."""
+    """Compiled loops over numpy arrays."""
 
     out_of_memory: type[Exception] = MemoryError
 
@@ -57,8 +61,6 @@ class NumbaEngine:
 
     def decode(self, encoded: Encoded, parts: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """The float32 weights [B, N, K] of stored parts."""
-        from ..kernels import dequantize
-
         code = next(part for part in encoded.parts if part.role == "qweight")
         bytes_ = parts["qweight"]
         if code.dtype == "I32":
@@ -78,11 +80,14 @@ class NumbaEngine:
                 dequantize.int4(*arguments, scaled.columns, _flat(out), out.shape)
             case "int8_channel":
                 dequantize.int8(*arguments, _flat(out), out.shape)
-            case _:
+            case "fp8_block" | "fp8_channel" | "mxfp8":
                 tile = (scaled.rows, min(scaled.columns, K))
-                if scaled is code:
-                    tile = (N, K)
                 dequantize.e4m3(*arguments, tile, _flat(out), out.shape)
+            case "fp8_tensor":
+                dequantize.e4m3(*arguments, (N, K), _flat(out), out.shape)
+            case _:
+                decoded: NDArray[np.float32] = _torch().decode(encoded, parts).numpy()
+                return decoded
         return out
 
     def numbers(self, weights: NDArray[Any]) -> NDArray[np.float32]:
@@ -91,8 +96,6 @@ class NumbaEngine:
 
     def largest(self, weights: NDArray[Any], axis: int) -> NDArray[np.float32]:
         """Largest magnitudes along an axis."""
-        from ..kernels import rows
-
         B, N, K = weights.shape
         if axis == 2:
             found = np.empty((B, N), np.float32)
@@ -111,8 +114,6 @@ class NumbaEngine:
         out: Mapping[str, NDArray[Any]],
     ) -> None:
         """Put the parts with rows into ``out``."""
-        from ..kernels import quantize
-
         bits = _bits(self._in_order(weight_BNK))
         shape = bits.shape
         N = shape[1]
@@ -121,8 +122,6 @@ class NumbaEngine:
         qweight, block_scale = made["qweight"], made.get("block_scale")
         weight = _flat(bits)
         name, _, group = target.module.partition(":")
-        if scale is not None and scale.ndim == 1 and name != "nvfp4":
-            scale = np.repeat(scale[:, None], N, 1)
         match name:
             case "nvfp4":
                 quantize.nvfp4(weight, scale, qweight, block_scale, shape)
@@ -131,12 +130,17 @@ class NumbaEngine:
             case "int4":
                 codes = _flat(results["qweight"].view(np.uint8))
                 quantize.int4(weight, int(group[1:]), codes, block_scale, shape)
-            case "fp8_channel" | "fp8_tensor":
+            case "fp8_tensor" if scale is not None:
+                quantize.fp8_rows(weight, np.repeat(scale[:, None], N, 1), qweight, shape)
+            case "fp8_channel":
                 quantize.fp8_rows(weight, scale, qweight, shape)
             case "int8_channel":
                 quantize.int8_rows(weight, scale, qweight, shape)
             case "bf16":
                 quantize.to_bf16(weight, qweight, shape)
+            case _:
+                _torch().quantize(target, _torch().weights(weight_BNK), scale, out)
+                return
         if scale is not None and "channel_scale" in out:
             results["channel_scale"][:] = scale[:, :, None]
         for role, items in out.items():
@@ -151,8 +155,6 @@ class NumbaEngine:
         """The weights with contiguous rows."""
         if weight_BNK.strides[2] == weight_BNK.itemsize:
             return weight_BNK
-        from ..kernels import rows
-
         ordered = self._scratch("rows", weight_BNK.shape, weight_BNK.dtype)
         rows.transpose(_bits(weight_BNK.swapaxes(1, 2)), _bits(ordered))
         return ordered
@@ -162,6 +164,13 @@ class NumbaEngine:
         if items.strides[2] == items.itemsize:
             return items
         return self._scratch(f"rows of {role}", items.shape, items.dtype)
+
+
+def _torch() -> TorchEngine:
+    """What does the formats that have no kernel."""
+    from .with_torch import cpu_engine
+
+    return cpu_engine()
 
 
 def _bits(weights: NDArray[Any]) -> NDArray[Any]:

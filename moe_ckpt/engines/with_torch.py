@@ -19,7 +19,7 @@ from ..formats.scratch import Scratch
 from ..plan import Encoded
 from . import Backend
 
-__all__ = ["TorchEngine", "backend", "cuda_devices", "kernels_for"]
+__all__ = ["TorchEngine", "backend", "cpu_engine", "cuda_devices", "kernels_for"]
 
 _DTYPES = {
     "BF16": torch.bfloat16,
@@ -35,7 +35,6 @@ _DTYPES = {
 
 _CPU_CHUNK_ITEMS = 1 << 18  # the temporaries should stay in the cache
 _CUDA_CHUNK_ITEMS = 1 << 24
-_NO_NUMBA = "numba is not installed; with moe-ckpt[fast] a CPU converts several times faster"
 
 
 def cuda_devices() -> int:
@@ -43,14 +42,19 @@ def cuda_devices() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def backend(device: str) -> Backend:
-    """Torch on "cpu", "cuda" or "cuda:N"."""
+def backend(device: str, note: str = "") -> Backend:
+    """Torch on "cpu", "cuda" or "cuda:N"; ``note`` is what a user should know of the choice."""
     if device == "cpu":
         make = partial(TorchEngine, torch.device(device))
-        return Backend(device, make, _CPU_CHUNK_ITEMS, _one_thread, _NO_NUMBA)
+        return Backend(device, make, _CPU_CHUNK_ITEMS, _one_thread, note)
     kernels, why = kernels_for(torch.device(device))
     make = partial(TorchEngine, torch.device(device), kernels)
     return Backend(device, make, _CUDA_CHUNK_ITEMS, _one_thread, why)
+
+
+def cpu_engine() -> TorchEngine:
+    """Torch on the CPU."""
+    return TorchEngine(torch.device("cpu"))
 
 
 def kernels_for(device: torch.device) -> tuple[ModuleType | None, str]:
