@@ -7,7 +7,7 @@ attention as well, and nothing that is fused: it goes by names that end in ``wei
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,32 +57,26 @@ class Tool:
     python: str | None
     options: Mapping[str, object]
 
-    def commands(self, source: Path, out: Path) -> Iterator[list[object]]:
-        """The processes to run, one after the other.
-
-        `cp` copies a shard at a time, over the one before, so that a copy fits beside the source
-        in memory.
-        """
+    def command(self, source: Path, out: Path) -> list[object]:
+        """The process to run."""
         if self.name == CP:
-            for path in sorted(source.glob("*.safetensors")):
-                yield ["cp", path, out / path.name]
-        elif self.name == MOE_CKPT:
+            return ["cp", *sorted(source.glob("*.safetensors")), out]
+        if self.name == MOE_CKPT:
             stats = self.stats_file(out)
-            yield [
+            return [
                 *(sys.executable, "-m", "moe_ckpt", "convert", source, out, "-q"),
                 *("--format", self.format, "--device", self.options["device"]),
                 *(("--stats", stats, "--missing-stats", "constant") if stats else ()),
             ]
-        elif self.name == LLM_COMPRESSOR:
+        if self.name == LLM_COMPRESSOR:
             script, scheme = HERE / "llm_compressor.py", _SCHEMES[self.format]
-            yield [self.python, script, source, out, scheme, self.options["workers"]]
-        else:
-            yield [
-                *(self.python, HERE / "slime.py", self.options["script"]),
-                *("--model-dir", source, "--save-dir", out),
-                *("--max-workers", self.options["workers"]),
-                *("--strategy", *_STRATEGIES[self.format]),
-            ]
+            return [self.python, script, source, out, scheme, self.options["workers"]]
+        return [
+            *(self.python, HERE / "slime.py", self.options["script"]),
+            *("--model-dir", source, "--save-dir", out),
+            *("--max-workers", self.options["workers"]),
+            *("--strategy", *_STRATEGIES[self.format]),
+        ]
 
     def stats_file(self, out: Path) -> Path | None:
         """Statistics without a module, written beside the output, for formats that demand some."""
