@@ -15,7 +15,7 @@ COMMANDS = {
     "limits": "what this machine can do: read, write, copy, start a process; PCIe and GPU memory",
     "gpu": "a conversion on CUDA, and its kernels alone, beside those limits",
     "plan": "the plan of a checkpoint of 276,480 output tensors",
-    "profile": "where the CPU time of a conversion goes",
+    "stages": "where the CPU time of a conversion goes",
     "make": "a large checkpoint of random weights",
     "same": "two quantized checkpoints, tensor by tensor",
 }

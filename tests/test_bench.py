@@ -121,9 +121,9 @@ def test_a_plan_of_many_tensors(tmp_path):
     assert [found["form"] for found in runs] == ["fused", "split"]
 
 
-def test_a_profile_accounts_for_the_stages(tmp_path):
+def test_stages_account_for_the_time(tmp_path):
     target = tmp_path / "out.json"
-    done = bench("profile", tmp_path / "work", "--size", "2MB", "--json", target)
+    done = bench("stages", tmp_path / "work", "--size", "2MB", "--json", target)
     assert done.returncode == 0, done.stderr
     document = json.loads(target.read_text())
     assert {"read", "find amax", "quantize", "write"} <= document["stages"].keys()

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import moe_ckpt
 
     args.workdir.mkdir(parents=True, exist_ok=True)
-    document: dict[str, Any] = {"bench": "profile", "machine": facts(), "format": args.format}
+    document: dict[str, Any] = {"bench": "stages", "machine": facts(), "format": args.format}
     with tempfile.TemporaryDirectory(prefix="moe-ckpt-bench-", dir=args.workdir) as name:
         source, out = Path(name) / "in", Path(name) / "out"
         write(source, of_size(Model(args.form), args.size), 5 * 10**9)
