@@ -52,10 +52,10 @@ class Loader:
                     for part in job.encoded.parts
                     if not part.is_scalar
                 }
-                decoded = self._engine.decode(job.encoded, parts | scalars)
-                decoded = decoded[:, max(first - aligned, 0) :]
-                out[:, at : at + decoded.shape[1]] = decoded
-                at += decoded.shape[1]
+                skip = max(first - aligned, 0)
+                into = out[:, at : at + end - aligned - skip]
+                self._engine.decode(job.encoded, parts | scalars, into, skip)
+                at += end - aligned - skip
         return out
 
     def parts(self, batch: Batch, start: int, stop: int) -> dict[str, NDArray[Any]]:

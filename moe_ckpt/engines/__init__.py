@@ -39,15 +39,21 @@ class Engine(Protocol):
         """A buffer on the host; the one of this name before is overwritten."""
 
     def weights(self, stored: NDArray[Any]) -> Array:
-        """Stored floats on the device; valid until the host buffer is overwritten."""
+        """Stored floats on the device.
+
+        Their host buffer must stay until `largest`, `numbers` or `quantize` has used them.
+        """
 
     def empty(self, name: str, shape: tuple[int, ...]) -> Array:
         """An array of float32 on the device; the one of this name before is overwritten."""
 
-    def decode(self, encoded: Encoded, parts: Mapping[str, NDArray[Any]]) -> Array:
-        """The float32 weights [B, N, K] of stored parts, scalars [B]; the next call overwrites it.
+    def decode(
+        self, encoded: Encoded, parts: Mapping[str, NDArray[Any]], out: Array, skip: int
+    ) -> None:
+        """Put the weights that parts stand for, but ``skip`` rows, into ``out`` [B, rows, K].
 
-        A role that ends in "divisor" holds the reciprocal of its scale.
+        ``out`` is a slice of what `empty` gave. Scalars are [B]; a role that ends in "divisor"
+        holds the reciprocal of its scale. The parts are free afterwards.
         """
 
     def numbers(self, weights: Array) -> NDArray[np.float32]:

@@ -59,8 +59,14 @@ class NumbaEngine:
         """An array of float32; the one of this name before is overwritten."""
         return self._scratch(name, shape, np.dtype(np.float32))
 
-    def decode(self, encoded: Encoded, parts: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """The float32 weights [B, N, K] of stored parts."""
+    def decode(
+        self,
+        encoded: Encoded,
+        parts: Mapping[str, NDArray[Any]],
+        out: NDArray[np.float32],
+        skip: int,
+    ) -> None:
+        """Put the weights that parts stand for, but ``skip`` rows, into ``out``."""
         code = next(part for part in encoded.parts if part.role == "qweight")
         bytes_ = parts["qweight"]
         if code.dtype == "I32":
@@ -68,27 +74,27 @@ class NumbaEngine:
         B, N, K = bytes_.shape
         halves = code.columns > 1
         K *= 2 if halves else 1
-        out = self.empty("values", (B, N, K))
+        values = self.empty("values", (B, N, K))
         scale_BNK = _scales(encoded, parts)
         scaled = next((p for p in encoded.parts if p.role.endswith("_scale") and p.columns), code)
         row = find_format(encoded.format)
         arguments = (_flat(bytes_), _flat(scale_BNK))
         match row.module.partition(":")[0]:
             case "nvfp4" | "mxfp4":
-                dequantize.e2m1(*arguments, scaled.columns, _flat(out), out.shape)
+                dequantize.e2m1(*arguments, scaled.columns, _flat(values), values.shape)
             case "int4":
-                dequantize.int4(*arguments, scaled.columns, _flat(out), out.shape)
+                dequantize.int4(*arguments, scaled.columns, _flat(values), values.shape)
             case "int8_channel":
-                dequantize.int8(*arguments, _flat(out), out.shape)
+                dequantize.int8(*arguments, _flat(values), values.shape)
             case "fp8_block" | "fp8_channel" | "mxfp8":
                 tile = (scaled.rows, min(scaled.columns, K))
-                dequantize.e4m3(*arguments, tile, _flat(out), out.shape)
+                dequantize.e4m3(*arguments, tile, _flat(values), values.shape)
             case "fp8_tensor":
-                dequantize.e4m3(*arguments, (N, K), _flat(out), out.shape)
+                dequantize.e4m3(*arguments, (N, K), _flat(values), values.shape)
             case _:
-                decoded: NDArray[np.float32] = _torch().decode(encoded, parts).numpy()
-                return decoded
-        return out
+                _torch().decode(encoded, parts, _torch().weights(out), skip)
+                return
+        np.copyto(out, values[:, skip:])
 
     def numbers(self, weights: NDArray[Any]) -> NDArray[np.float32]:
         """The values of weights."""

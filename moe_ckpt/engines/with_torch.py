@@ -121,8 +121,10 @@ class TorchEngine:
         with self._on_stream():
             return self._scratch.empty(name, shape, torch.float32)
 
-    def decode(self, encoded: Encoded, parts: Mapping[str, NDArray[Any]]) -> torch.Tensor:
-        """The float32 weights [B, N, K] of stored parts."""
+    def decode(
+        self, encoded: Encoded, parts: Mapping[str, NDArray[Any]], out: torch.Tensor, skip: int
+    ) -> None:
+        """Put the weights that parts stand for, but ``skip`` rows, into ``out``."""
         dtypes = {part.role: part.dtype for part in encoded.parts}
         with self._on_stream():
             found = {}
@@ -131,7 +133,9 @@ class TorchEngine:
                 found[role] = _tensor(items, dtype).to(self._device, non_blocking=True)
                 if dtype == "F8_E8M0" and not encoded.format.startswith("mx"):
                     found[role] = e8m0.decode(found[role])
-            return find_format(encoded.format).codec().dequantize(found)
+            out.copy_(find_format(encoded.format).codec().dequantize(found)[:, skip:])
+            if self._stream:
+                self._stream.synchronize()
 
     def numbers(self, weights: torch.Tensor) -> NDArray[np.float32]:
         """The values of weights, on the host."""
