@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .engines import Engine
+from .engines import Engine, host_items
 from .errors import CheckpointError, show
 from .formats import Part
 from .plan import Job
@@ -78,9 +77,8 @@ class Loader:
             for r, first, last in self._members(job, start, stop):
                 piece = self._part(batch, r, part, first, last)
                 if part.dtype == "F8_E4M3" and part.role == "qweight" and _has_nan(piece):
-                    _refuse(
-                        (piece & 0x7F) == 0x7F, batch, r, "weight", numbers(piece, "F8_E4M3"), first
-                    )
+                    values = numbers(piece, part.dtype)
+                    _refuse(np.isnan(values), batch, r, "weight", values, first)
                 pieces.append(piece if len(job.source_rows) == 1 else piece.copy())
             found[part.role] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, 1)
         return found
@@ -132,7 +130,7 @@ class Loader:
         first, last = start // part.rows, -(-stop // part.rows)
         row_nbytes = part.row_nbytes(job.columns)
         shape = (batch.count, *part.shape(1, job.columns))
-        items = self._buffer(part.role, part.dtype, (shape[0], last - first, shape[2]))
+        items = host_items(self._engine, part.role, part.dtype, (shape[0], last - first, shape[2]))
         for b, slab in enumerate(batch.slabs):
             self._reader.read(slab.reads[r][index], first * row_nbytes, _bytes(items[b]))
         if part.role != "qweight":
@@ -146,7 +144,7 @@ class Loader:
         """Stored rows of weights that are not quantized, whatever their orientation."""
         job = batch.job
         row_nbytes, columns = job.stored_row_nbytes, job.stored_shape[1]
-        rows = self._buffer("weights", job.dtype, (batch.count, stop - start, columns))
+        rows = host_items(self._engine, "weights", job.dtype, (batch.count, stop - start, columns))
         for position, slab in enumerate(batch.slabs):
             into = _bytes(rows[position])
             skip = start * row_nbytes
@@ -160,12 +158,6 @@ class Loader:
                 if not into:
                     break
         return rows
-
-    def _buffer(self, name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-        itemtype = np.dtype(DTYPES[dtype])
-        return (
-            self._engine.host(name, prod(shape) * itemtype.itemsize).view(itemtype).reshape(shape)
-        )
 
 
 def _bytes(items: NDArray[Any]) -> memoryview:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import lcm, prod
+from math import lcm
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .engines import Engine
+from .engines import Engine, host_items
 from .formats import Part, find_format
 from .plan import Job, Region
 from .schedule import Batch, Budget
-from .stored import DTYPES
 from .writer import ShardWriter
 
 __all__ = ["Chunk", "PieceWriter", "cut", "write"]
@@ -135,9 +134,7 @@ class PieceWriter:
         return buffer, buffer[..., first : first + items]
 
     def _empty(self, part: Part, shape: tuple[int, ...]) -> NDArray[Any]:
-        dtype = np.dtype(DTYPES[part.dtype])
-        nbytes = prod(shape) * dtype.itemsize
-        return self._engine.host(f"out {part.role}", nbytes).view(dtype).reshape(shape)
+        return host_items(self._engine, f"out {part.role}", part.dtype, shape)
 
     def _slices(self, job: Job, shape: tuple[int, ...]) -> Iterator[tuple[slice, slice, slice]]:
         """Slices of matrices, of rows of one, or of columns, of about ``chunk_items`` weights."""

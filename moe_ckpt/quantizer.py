@@ -158,9 +158,10 @@ class Worker:
         job = batch.job
         dtypes = {part.role: part.dtype for part in job.encoded.parts}
         for piece in cut(batch, self._budget):
-            if job.encoded.is_plain:
-                self._magnitudes.of_rows(batch, [piece])
             stored = self._loader.parts(batch, *piece)
+            if job.encoded.is_plain:
+                weights = self._engine.weights(stored["qweight"])
+                self._magnitudes.of_rows(batch, [piece], weights)
             views = {role: matrices_of(job, items) for role, items in stored.items()}
             B, N, _ = views["qweight"][0].shape
             columns = piece[1] - piece[0] if job.is_transposed else job.columns

@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 from ..errors import EnvironmentFaultError, UsageError, show
 from ..formats import QuantFormat
 from ..plan import Encoded
+from ..stored import DTYPES
 
-__all__ = ["Backend", "Engine", "backend_for"]
+__all__ = ["Backend", "Engine", "backend_for", "host_items"]
 
 Array = Any
 
@@ -76,6 +78,12 @@ class Engine(Protocol):
 
         ``scale`` as in `formats.Codec.quantize`.
         """
+
+
+def host_items(engine: Engine, name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """The host buffer of a name, as items of a dtype of safetensors."""
+    kind = np.dtype(DTYPES[dtype])
+    return engine.host(name, prod(shape) * kind.itemsize).view(kind).reshape(shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,9 +81,11 @@ class NumbaEngine:
         arguments = (_flat(bytes_), _flat(scale_BNK))
         match row.module.partition(":")[0]:
             case "nvfp4" | "mxfp4":
-                dequantize.e2m1(*arguments, scaled.columns, _flat(values), values.shape)
+                table = dequantize.E2M1
+                dequantize.pairs(*arguments, scaled.columns, table, _flat(values), values.shape)
             case "int4":
-                dequantize.int4(*arguments, scaled.columns, _flat(values), values.shape)
+                table = dequantize.INT4
+                dequantize.pairs(*arguments, scaled.columns, table, _flat(values), values.shape)
             case "int8_channel":
                 dequantize.int8(*arguments, _flat(values), values.shape)
             case "fp8_block" | "fp8_channel" | "mxfp8":
@@ -92,7 +94,8 @@ class NumbaEngine:
             case "fp8_tensor":
                 dequantize.e4m3(*arguments, (N, K), _flat(values), values.shape)
             case _:
-                _torch().decode(encoded, parts, _torch().weights(out), skip)
+                engine = _torch()
+                engine.decode(encoded, parts, engine.weights(out), skip)
                 return
         np.copyto(out, values[:, skip:])
 
@@ -145,7 +148,8 @@ class NumbaEngine:
             case "bf16":
                 quantize.to_bf16(weight, qweight, shape)
             case _:
-                _torch().quantize(target, _torch().weights(weight_BNK), scale, out)
+                engine = _torch()
+                engine.quantize(target, engine.weights(weight_BNK), scale, out)
                 return
         if scale is not None and "channel_scale" in out:
             results["channel_scale"][:] = scale[:, :, None]

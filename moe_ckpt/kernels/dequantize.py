@@ -12,15 +12,16 @@ import numpy as np
 from ..stored import E4M3
 from .elements import F32, compiled, row_of
 
-__all__ = ["e2m1", "e4m3", "int4", "int8"]
+__all__ = ["E2M1", "INT4", "e4m3", "int8", "pairs"]
 
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-_E2M1 = np.concatenate((_E2M1, -_E2M1))
+E2M1 = np.concatenate((_E2M1, -_E2M1))
+INT4 = np.arange(-8, 8, dtype=np.float32)
 
 
 @compiled
-def e2m1(qweight: Any, scale: Any, block: int, out: Any, shape: Any) -> None:
-    """Two codes to a byte, a scale for each block."""
+def pairs(qweight: Any, scale: Any, block: int, table: Any, out: Any, shape: Any) -> None:
+    """Two codes to a byte, whose values a table of 16 tells; a scale for each block."""
     B, N, K = shape
     for b in range(B):
         for n in range(N):
@@ -28,8 +29,8 @@ def e2m1(qweight: Any, scale: Any, block: int, out: Any, shape: Any) -> None:
             scales = row_of(scale, b, n, K // block)
             for i in range(K // block):
                 for j in range(i * block // 2, (i + 1) * block // 2):
-                    values[2 * j] = _E2M1[codes[j] & 15] * scales[i]
-                    values[2 * j + 1] = _E2M1[codes[j] >> 4] * scales[i]
+                    values[2 * j] = table[codes[j] & 15] * scales[i]
+                    values[2 * j + 1] = table[codes[j] >> 4] * scales[i]
 
 
 @compiled
@@ -56,17 +57,3 @@ def int8(qweight: Any, scale: Any, out: Any, shape: Any) -> None:
             factor = row_of(scale, b, n, 1)[0]
             for k in range(K):
                 values[k] = F32(codes[k]) * factor
-
-
-@compiled
-def int4(qweight: Any, scale: Any, group: int, out: Any, shape: Any) -> None:
-    """Two codes to a byte, 8 more than they stand for; a scale for each group."""
-    B, N, K = shape
-    for b in range(B):
-        for n in range(N):
-            codes, values = row_of(qweight, b, n, K // 2), row_of(out, b, n, K)
-            scales = row_of(scale, b, n, K // group)
-            for i in range(K // group):
-                for j in range(i * group // 2, (i + 1) * group // 2):
-                    values[2 * j] = F32(F32(codes[j] & 15) - F32(8)) * scales[i]
-                    values[2 * j + 1] = F32(F32(codes[j] >> 4) - F32(8)) * scales[i]

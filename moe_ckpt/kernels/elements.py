@@ -128,28 +128,33 @@ def row_of(strided: Any, b: int, n: int, count: int) -> Any:
 # and steps of a mantissa's last bit, the count and the steps of the exponents below are the code.
 
 
+@inlined
+def _code(bits: Any, largest: int, least: int, mantissa: int) -> Any:
+    """The code, without sign, of a float32 by its bits.
+
+    ``largest``: the bits of the largest value, which takes the place of what is beyond it.
+    ``least``: the exponent, biased as in float32, of the smallest normal one. ``mantissa``: its
+    bits.
+    """
+    size = min(U32(bits & U32(0x7FFFFFFF)), U32(largest))
+    exponent = max(U32(size & U32(0x7F800000)), U32(least << 23))
+    magic = U32(exponent + U32((23 - mantissa) << 23))
+    steps = U32(as_bits(as_float(size) + as_float(magic)) - magic)
+    return U32(U32(steps + U32(exponent >> U32(23 - mantissa))) - U32(least << mantissa))
+
+
 @compiled
 def e2m1(x: Any) -> Any:
     """The code of a float32, uint32: half to even, beyond 6 becomes 6, a negative 0 is 8."""
     bits = as_bits(x)
-    size = min(U32(bits & U32(0x7FFFFFFF)), U32(0x40C00000))  # 6
-    exponent = max(U32(size & U32(0x7F800000)), U32(127 << 23))
-    magic = U32(exponent + U32(22 << 23))
-    steps = U32(as_bits(as_float(size) + as_float(magic)) - magic)
-    code = U32(U32(steps + U32(exponent >> U32(22))) - U32(2 * 127))
-    return U32(code | U32(U32(bits >> U32(28)) & U32(8)))
+    return U32(_code(bits, 0x40C00000, 127, 1) | U32(U32(bits >> U32(28)) & U32(8)))
 
 
 @compiled
 def e4m3(x: Any) -> Any:
     """The code of a float32, uint32: half to even, beyond 448 becomes 448."""
     bits = as_bits(x)
-    size = min(U32(bits & U32(0x7FFFFFFF)), U32(0x43E00000))  # 448
-    exponent = max(U32(size & U32(0x7F800000)), U32(121 << 23))
-    magic = U32(exponent + U32(20 << 23))
-    steps = U32(as_bits(as_float(size) + as_float(magic)) - magic)
-    code = U32(U32(steps + U32(exponent >> U32(20))) - U32(8 * 121))
-    return U32(code | U32(U32(bits >> U32(24)) & U32(0x80)))
+    return U32(_code(bits, 0x43E00000, 121, 3) | U32(U32(bits >> U32(24)) & U32(0x80)))
 
 
 @compiled

@@ -31,14 +31,20 @@ from .elements import (
 __all__ = ["fp8_block", "fp8_rows", "int4", "int8_rows", "mxfp4", "mxfp8", "nvfp4", "to_bf16"]
 
 
+@inlined
+def _largest_between(row: Any, start: int, stop: int) -> Any:
+    """The largest magnitude of 16 items or a multiple of it, as bits."""
+    largest = largest_of_16(row, start)
+    for at in range(start + 16, stop, 16):
+        largest = max(largest, largest_of_16(row, at))
+    return largest
+
+
 @compiled
 def _largest_of_blocks(row: Any, block: int, largest: Any) -> None:
     """The largest magnitude of each block of 32 or more, a multiple of 16, as float32."""
     for i in range(largest.size):
-        found = largest_of_16(row, i * block)
-        for start in range(i * block + 16, (i + 1) * block, 16):
-            found = max(found, largest_of_16(row, start))
-        largest[i] = as_number(found)
+        largest[i] = as_number(_largest_between(row, i * block, (i + 1) * block))
 
 
 @inlined
@@ -157,9 +163,7 @@ def _largest_of_tiles(row: Any, largest: Any) -> None:
     whole = row.size // 128
     for i in range(largest.size):
         if i < whole:
-            found = largest_of_16(row, 128 * i)
-            for start in range(128 * i + 16, 128 * i + 128, 16):
-                found = max(found, largest_of_16(row, start))
+            found = _largest_between(row, 128 * i, 128 * i + 128)
         else:
             found = magnitude(row[128 * i])
             for k in range(128 * i + 1, row.size):
