@@ -1,0 +1,1 @@
+"""Check a quantized checkpoint: what no loader says, and what would go wrong unseen."""
