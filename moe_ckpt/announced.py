@@ -18,9 +18,9 @@ from .formats import find_format
 from .regular import read_regular
 from .strict_json import parse_object
 
-__all__ = ["Announced", "announcements"]
+__all__ = ["HF_QUANT_CONFIG", "Announced", "announcements", "everything_said"]
 
-_HF_QUANT_CONFIG = "hf_quant_config.json"
+HF_QUANT_CONFIG = "hf_quant_config.json"
 _CAP_NBYTES = 100_000_000
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 
@@ -178,6 +178,22 @@ def announcements(source: Source) -> list[Announced]:
     Raises:
         CheckpointError: with all that is said of ways to quantize that cannot be read.
     """
+    path = source.root / HF_QUANT_CONFIG
+    text = read_regular(path, _CAP_NBYTES, CheckpointError) if path.exists() else None
+    found = everything_said(source.config, text)
+    problems = Problems()
+    for of in found:
+        of.refuse_unread(problems)
+    problems.check()
+    return found
+
+
+def everything_said(config: Mapping[str, Any], beside: bytes | None) -> list[Announced]:
+    """What a config says, and the text of hf_quant_config.json if there is one.
+
+    Raises:
+        CheckpointError: that text is no JSON.
+    """
     found: list[Announced] = []
 
     def walk(level: Mapping[str, Any], path: str) -> None:
@@ -188,17 +204,11 @@ def announcements(source: Source) -> list[Announced]:
             elif isinstance(value, dict):
                 walk(value, f"{path}{key}.")
 
-    walk(source.config, "")
-    path = source.root / _HF_QUANT_CONFIG
-    if path.exists():
-        text = read_regular(path, _CAP_NBYTES, CheckpointError)
-        said = parse_object(text, _HF_QUANT_CONFIG, CheckpointError).get("quantization")
+    walk(config, "")
+    if beside is not None:
+        said = parse_object(beside, HF_QUANT_CONFIG, CheckpointError).get("quantization")
         if isinstance(said, dict):
-            found.append(Announced(_HF_QUANT_CONFIG, {"quant_method": "modelopt", **said}))
-    problems = Problems()
-    for of in found:
-        of.refuse_unread(problems)
-    problems.check()
+            found.append(Announced(HF_QUANT_CONFIG, {"quant_method": "modelopt", **said}))
     return found
 
 

@@ -18,7 +18,7 @@ from .headers import Shard, TensorInfo, read_header
 from .regular import read_regular
 from .strict_json import parse_object, type_name
 
-__all__ = ["SideFile", "Source", "open_source"]
+__all__ = ["SideFile", "Source", "is_safe_shard_name", "open_source", "shards_in"]
 
 # What loaders look for in a folder, in the source and in the output alike.
 CONFIG = "config.json"
@@ -130,7 +130,7 @@ def _find_shards(root: Path) -> tuple[dict[str, str], list[str]]:
         )
     problems = Problems()
     names = {shard for shard in weight_map.values() if isinstance(shard, str)}
-    safe = {name for name in names if _safe_shard_name(name)}
+    safe = {name for name in names if is_safe_shard_name(name)}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or shard not in safe:
             problems.add(
@@ -139,7 +139,7 @@ def _find_shards(root: Path) -> tuple[dict[str, str], list[str]]:
                 "name of a .safetensors file in the same folder",
             )
     problems.check()
-    strays = _shards_in(root) - names
+    strays = shards_in(root) - names
     if SINGLE in strays:
         raise CheckpointError(
             f"{SINGLE}: stands beside {INDEX}, which does not name it; loaders disagree on which "
@@ -150,7 +150,8 @@ def _find_shards(root: Path) -> tuple[dict[str, str], list[str]]:
     return weight_map, []
 
 
-def _safe_shard_name(name: str) -> bool:
+def is_safe_shard_name(name: str) -> bool:
+    """Whether a name from an index is that of a file in the same folder."""
     return (
         name.endswith(".safetensors")
         and name == os.path.basename(name)
@@ -160,12 +161,13 @@ def _safe_shard_name(name: str) -> bool:
     )
 
 
-def _shards_in(root: Path) -> set[str]:
+def shards_in(root: Path) -> set[str]:
+    """Names of all .safetensors files in a folder."""
     return {entry.name for entry in os.scandir(root) if entry.name.endswith(".safetensors")}
 
 
 def _only_shard(root: Path) -> str:
-    shards = sorted(name for name in _shards_in(root) if not _is_other_index(name))
+    shards = sorted(name for name in shards_in(root) if not _is_other_index(name))
     if len(shards) == 1:
         return shards[0]
     if shards:

@@ -165,6 +165,9 @@ ENCODINGS: tuple[Encoding, ...] = (
         inverse=("global_scale", "input_scale"),
     ),
     Encoding(
+        "MXFP4 of ModelOpt", "mxfp4", "", "U8", 2, (Scale("block_scale", "_scale", _E8M0, 32),)
+    ),
+    Encoding(
         "MXFP4 of compressed-tensors",
         "mxfp4",
         "_packed",

@@ -8,13 +8,13 @@ know. Only where bytes are read do the tensors behind it count.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cache
 from math import prod
 from typing import NamedTuple
 
-from .announced import announcements
+from .announced import Announced, announcements
 from .checkpoint import Source
 from .dtypes import BITS, FLOATS, nbytes_of
 from .encodings import ENCODINGS, SCALE_ENDINGS, Encoding
@@ -24,7 +24,7 @@ from .headers import TensorInfo
 from .layouts.packed import name_of_packing
 from .plan import Encoded, Read
 
-__all__ = ["Weights", "weights_of"]
+__all__ = ["Found", "Weights", "find_weights", "weights_in", "weights_of"]
 
 _CODES = frozenset({"F8_E4M3", "U8", "I8", "I32"})
 _CODE_ENDINGS = ("weight_packed", "_proj_packed", "weight_blocks", "_proj_blocks")
@@ -72,6 +72,23 @@ class _Stored(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """The quantized weights among tensors, and what is left of some.
+
+    ``unread``: codes of which no known encoding fits, with the name of their weight. ``twice``:
+    weights that are stored in two ways, with the codes that came last. ``orphans``: scales that
+    belong to no weight.
+    """
+
+    stored: Mapping[str, _Stored] = field(repr=False)
+    kinds: tuple[_Kind, ...] = field(repr=False)
+    beside: Set[str] = field(repr=False)
+    unread: tuple[tuple[TensorInfo, str], ...]
+    twice: tuple[tuple[str, str], ...]
+    orphans: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Weights:
     """The tensors of a source, each quantized weight as one.
 
@@ -113,6 +130,11 @@ class Weights:
             ]
         )
 
+    def stored_as(self, name: str) -> tuple[tuple[Part, TensorInfo], ...]:
+        """The parts of a quantized weight and their tensors, codes first; () of any other."""
+        stored = self._stored.get(name)
+        return tuple(zip(stored.kind.encoded.parts, stored.infos, strict=True)) if stored else ()
+
     def all_encoded(self) -> set[Encoded]:
         """The ways in which quantized weights are stored."""
         return {kind.encoded for kind in self._kinds}
@@ -135,51 +157,69 @@ def weights_of(source: Source) -> Weights:
     Raises:
         CheckpointError: with every quantized weight that cannot be read, and why.
     """
+    tensors = source.tensors
     announced = announcements(source)
     problems = Problems()
-    finder = _Finder(source.tensors)
-    stored = finder.all_weights(problems)
-    problems.check()
-    names = {of.infos[0].name: name for name, of in stored.items()}
-    beside = finder.beside
-    orphans = [
-        name
-        for name in source.tensors
-        if name not in beside and name not in names and name.endswith(SCALE_ENDINGS)
-    ]
-    if orphans:
+    found = find_weights(tensors)
+    for name, codes in found.twice:
         problems.add(
             CheckpointError,
-            f"{show_some(orphans)}: belongs to no quantized weight; the checkpoint is incomplete, "
-            f"or quantized in a way that this version does not know{_seems(source.tensors)}",
+            f"{show(name)}: is stored twice, also as {show(codes)}; which of them counts cannot be "
+            "told",
+        )
+    if found.unread:
+        unread = [_why_not(info, stem, tensors) for info, stem in found.unread]
+        problems.add(CheckpointError, f"{show_some(unread)}{_seems(tensors)}")
+    problems.check()
+    if found.orphans:
+        problems.add(
+            CheckpointError,
+            f"{show_some(found.orphans)}: belongs to no quantized weight; the checkpoint is "
+            "incomplete, or quantized in a way that this version does not know"
+            f"{_seems(tensors)}",
         )
     for said in announced:
         said.refuse_contradictions(
-            ((name, of.kind.encoded.format, of.kind.name) for name, of in stored.items()), problems
+            ((name, of.kind.encoded.format, of.kind.name) for name, of in found.stored.items()),
+            problems,
         )
     problems.check()
-    tensors = {}
-    for name, info in source.tensors.items():
+    return weights_in(tensors, found, announced)
+
+
+def find_weights(tensors: Mapping[str, TensorInfo]) -> Found:
+    """The quantized weights among tensors, whole or not."""
+    return _Finder(tensors).all_weights()
+
+
+def weights_in(
+    tensors: Mapping[str, TensorInfo], found: Found, announced: Sequence[Announced]
+) -> Weights:
+    """Tensors with their quantized weights as one each; what is unread or left over is not in."""
+    names = {of.infos[0].name: name for name, of in found.stored.items()}
+    gone = {info.name for info, _ in found.unread} | found.beside | {*found.orphans}
+    kept = {}
+    for name, info in tensors.items():
         if name in names:
-            found = stored[names[name]]
-            tensors[names[name]] = TensorInfo(
-                names[name], "F32", found.kind.shape, info.shard, info.offset, info.nbytes
+            stored = found.stored[names[name]]
+            kept[names[name]] = TensorInfo(
+                names[name], "F32", stored.kind.shape, info.shard, info.offset, info.nbytes
             )
-        elif name not in beside:
-            tensors[name] = info
+        elif name not in gone:
+            kept[name] = info
     warnings = [of.unknown_kv_cache for of in announced if of.unknown_kv_cache]
-    if announced and not stored:
+    if announced and not found.stored:
         warnings.append(
             f"{announced[0].where} says that the weights are quantized, and none is; what it says "
             "is replaced"
         )
     return Weights(
-        tensors=tensors,
-        encodings=Counter(of.kind.name for of in stored.values()),
+        tensors=kept,
+        encodings=Counter(of.kind.name for of in found.stored.values()),
         kv_cache=any(of.has_kv_cache for of in announced),
         warnings=tuple(warnings),
-        _stored=stored,
-        _kinds=finder.kinds,
+        _stored=found.stored,
+        _kinds=found.kinds,
     )
 
 
@@ -195,35 +235,33 @@ class _Finder:
         self._known: dict[tuple[object, ...], _Kind | None] = {}
         self.beside: set[str] = set()
 
-    @property
-    def kinds(self) -> tuple[_Kind, ...]:
-        """All kinds that were found."""
-        return tuple(kind for kind in self._known.values() if kind is not None)
-
-    def all_weights(self, problems: Problems) -> dict[str, _Stored]:
+    def all_weights(self) -> Found:
         """The quantized weights, by the names they would have if they were not."""
         tensors = self._tensors
         found: dict[str, _Stored] = {}
-        unread: list[str] = []
+        unread: list[tuple[TensorInfo, str]] = []
+        twice: list[tuple[str, str]] = []
         for info in tensors.values():
             stem = _stem(info) if info.dtype in _CODES else None
             if stem is None:
                 continue
             stored = self._find(info, stem)
             if stored is None:
-                unread.append(_why_not(info, stem, tensors))
+                unread.append((info, stem))
                 continue
             name = info.name if info.name.endswith("_blocks") else stem
             if name in found or (name != info.name and name in tensors):
-                problems.add(
-                    CheckpointError,
-                    f"{show(name)}: is stored twice, also as {show(info.name)}; which of them "
-                    "counts cannot be told",
-                )
+                twice.append((name, info.name))
             found[name] = stored
-        if unread:
-            problems.add(CheckpointError, f"{show_some(unread)}{_seems(tensors)}")
-        return found
+        names = {of.infos[0].name for of in found.values()}
+        beside = self.beside
+        orphans = [
+            name
+            for name in tensors
+            if name not in beside and name not in names and name.endswith(SCALE_ENDINGS)
+        ]
+        kinds = tuple(kind for kind in self._known.values() if kind is not None)
+        return Found(found, kinds, beside, tuple(unread), tuple(twice), tuple(orphans))
 
     def _find(self, codes: TensorInfo, stem: str) -> _Stored | None:
         """The weight that these are the codes of, if it is stored in a way that can be read."""

@@ -1,0 +1,260 @@
+"""What is verified: a folder with shards, opened as far as it can be.
+
+Where `open_source` stops at the first damage, here everything that can be read is, and what
+cannot is a finding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..announced import HF_QUANT_CONFIG, Announced, everything_said
+from ..checkpoint import CONFIG, INDEX, Source, is_safe_shard_name, shards_in
+from ..errors import CheckpointError, InputError, show
+from ..headers import Shard, TensorInfo, read_header
+from ..layouts import Detection, detect
+from ..regular import read_regular
+from ..strict_json import parse_object, type_name
+from ..weights import Found, Weights, find_weights, weights_in
+from .findings import Findings
+from .journal_lines import Journal, read_journal
+
+__all__ = ["Subject", "open_subject"]
+
+_CAP_NBYTES = 100_000_000
+
+# Our dialects by the quant_method that their config names.
+_DIALECTS = {"modelopt": "modelopt", "compressed-tensors": "compressed-tensors", "fp8": "fp8"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint as far as it could be read.
+
+    ``source`` has all headers that could be read. ``weights`` are what of it is whole, each
+    quantized weight as one; ``found`` says what is not. ``texts`` are the configuration files,
+    where they are not those on disk. ``said`` is what the files say of quantization, config.json
+    first. ``detection`` is None if the experts are not whole, or fused and quantized;
+    ``undetected`` says why. ``index`` is None if there is none. ``lost``: tensors that are named
+    in the index, in a shard that cannot be read. ``journal`` is that of our conversion, if this
+    is one.
+    """
+
+    source: Source
+    texts: Mapping[str, str]
+    index: Mapping[str, Any] | None
+    lost: frozenset[str]
+    found: Found
+    weights: Weights
+    said: Sequence[Announced]
+    detection: Detection | None
+    undetected: tuple[str, ...]
+    journal: Journal | None
+
+    @property
+    def root(self) -> Path:
+        """The folder."""
+        return self.source.root
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What config.json holds; nothing if it cannot be read."""
+        return self.source.config
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether a conversion of ours wrote it."""
+        return self.journal is not None
+
+    @cached_property
+    def dialect(self) -> str | None:
+        """The name of the dialect that config.json speaks; None if it is none of ours."""
+        return _DIALECTS.get(self.said[0].method) if self.said else None
+
+
+def open_subject(
+    folder: str | os.PathLike[str], findings: Findings, texts: Mapping[str, str] | None = None
+) -> Subject:
+    """Open a folder; what is damaged or missing is added to the findings.
+
+    ``texts``: name -> text of config.json, hf_quant_config.json and the index, for a conversion
+    that has written its shards and not yet these; they count instead of files of those names.
+
+    Raises:
+        CheckpointError: there is no such folder.
+        OSError: a file cannot be read.
+    """
+    root = Path(folder)
+    if not os.path.isdir(root):
+        raise CheckpointError(f"{show(root)}: is not a folder with a checkpoint")
+    opening = _Opening(root, texts or {}, findings)
+    config = opening.object_of(CONFIG, constants=True)
+    if config is None and not (root / CONFIG).exists():
+        opening.missing_config()
+    index, weight_map = opening.index()
+    shards, tensors, lost = opening.shards(weight_map)
+    source = Source(
+        root=root,
+        config=config or {},
+        shards=shards,
+        tensors=tensors,
+        side_files=(),
+        left_out=(),
+        warnings=(),
+    )
+    said = opening.said(config or {})
+    found = find_weights(tensors)
+    weights = weights_in(tensors, found, said)
+    detection, undetected = _detected(weights, source.config)
+    return Subject(
+        source=source,
+        texts=texts or {},
+        index=index,
+        lost=frozenset(lost),
+        found=found,
+        weights=weights,
+        said=said,
+        detection=detection,
+        undetected=undetected,
+        journal=read_journal(root),
+    )
+
+
+def _detected(
+    weights: Weights, config: Mapping[str, Any]
+) -> tuple[Detection | None, tuple[str, ...]]:
+    try:
+        return detect(weights.tensors, config), ()
+    except InputError as error:
+        return None, error.problems
+
+
+class _Opening:
+    """Reads the files of a folder; what is wrong with one is a finding of the structure."""
+
+    def __init__(self, root: Path, texts: Mapping[str, str], findings: Findings) -> None:
+        self._root, self._texts, self._findings = root, texts, findings
+
+    def object_of(self, name: str, *, constants: bool = False) -> dict[str, Any] | None:
+        """The object in a JSON file; None if there is none, or it cannot be read."""
+        text = self._bytes_of(name)
+        if text is None:
+            return None
+        try:
+            return parse_object(text, name, CheckpointError, constants=constants)
+        except CheckpointError as error:
+            self._add_all(name, error, "no runtime can read it")
+            return None
+
+    def missing_config(self) -> None:
+        """Report that there is no config.json."""
+        unfinished = (self._root / ".moe-ckpt").is_dir()
+        self._add(
+            CONFIG,
+            "is missing" + ("; a conversion to this folder was not finished" if unfinished else ""),
+            "no runtime takes the folder for a model",
+        )
+
+    def index(self) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        """The index and its weight_map, of which only sound entries are kept."""
+        index = self.object_of(INDEX)
+        if index is None:
+            return None, {}
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            self._add(
+                INDEX,
+                '"weight_map" must be an object that names each tensor\'s shard, found '
+                f"{type_name(weight_map)}",
+                "runtimes that read it find no weights",
+            )
+            return index, {}
+        sound: dict[str, str] = {}
+        for tensor, shard in weight_map.items():
+            if isinstance(shard, str) and is_safe_shard_name(shard):
+                sound[tensor] = shard
+                continue
+            self._add(
+                INDEX,
+                f'weight_map["{show(tensor)}"] is {show(shard)!r}; expected the plain name of a '
+                ".safetensors file in the same folder",
+                "runtimes open whatever file that is, or stop",
+            )
+        return index, sound
+
+    def shards(
+        self, weight_map: Mapping[str, str]
+    ) -> tuple[dict[str, Shard], dict[str, TensorInfo], list[str]]:
+        """The shards, their tensors, and those that the index names in a shard that is bad."""
+        present = shards_in(self._root)
+        named = sorted(set(weight_map.values()) or present)
+        for name in sorted(present - set(named)):
+            self._add(
+                name,
+                f"is a shard that {INDEX} does not name",
+                "runtimes that go by the index leave it out, those that take every .safetensors "
+                "file load it over the others",
+            )
+        if not weight_map and len(named) > 1:
+            self._add(
+                INDEX,
+                f"is missing, or of no use, and there are {len(named)} shards",
+                "transformers finds no weights; runtimes that take every .safetensors file load "
+                "all, whether they belong together or not",
+            )
+        if not named:
+            self._add(
+                show(self._root),
+                "holds no .safetensors file",
+                "there is nothing to load",
+            )
+        shards: dict[str, Shard] = {}
+        tensors: dict[str, TensorInfo] = {}
+        for name in named:
+            try:
+                shards[name], found = read_header(self._root / name)
+            except CheckpointError as error:
+                self._add_all(name, error, "runtimes stop when they open it")
+                continue
+            for info in found:
+                if info.name in tensors:
+                    self._add(
+                        info.name,
+                        f"is in two shards, {tensors[info.name].shard} and {name}",
+                        "which of them a runtime keeps is left to chance",
+                    )
+                tensors[info.name] = info
+        lost = [tensor for tensor, shard in weight_map.items() if shard not in shards]
+        return shards, tensors, lost
+
+    def said(self, config: Mapping[str, Any]) -> list[Announced]:
+        """What config.json and hf_quant_config.json say of quantization."""
+        text = self._bytes_of(HF_QUANT_CONFIG)
+        try:
+            return everything_said(config, text)
+        except CheckpointError as error:
+            self._add_all(HF_QUANT_CONFIG, error, "TensorRT-LLM cannot read it")
+            return everything_said(config, None)
+
+    def _bytes_of(self, name: str) -> bytes | None:
+        if name in self._texts:
+            return self._texts[name].encode()
+        if not os.path.lexists(self._root / name):
+            return None
+        try:
+            return read_regular(self._root / name, _CAP_NBYTES, CheckpointError)
+        except CheckpointError as error:
+            self._add_all(name, error, "no runtime can read it")
+            return None
+
+    def _add_all(self, where: str, error: InputError, effect: str) -> None:
+        for problem in error.problems:
+            self._add(where, problem.removeprefix(f"{show(where)}: "), effect)
+
+    def _add(self, where: str, problem: str, effect: str) -> None:
+        self._findings.add("structure", where, problem, effect)
