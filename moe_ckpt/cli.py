@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from . import __version__
-from .errors import EnvironmentFaultError, InterruptedConversionError, MoeCkptError
+from .errors import (
+    EnvironmentFaultError,
+    InterruptedConversionError,
+    MoeCkptError,
+    UsageError,
+    VerifyError,
+    show,
+)
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -265,6 +272,66 @@ def scan(
     )
     if not quiet:
         _say([f"amax of {count:,} modules written to {out_file}"])
+
+
+@cli.command()
+@click.argument("out_dir", metavar="OUT", callback=_named)
+@click.option(
+    "--source",
+    metavar="IN",
+    callback=_named,
+    help="The checkpoint that OUT was made from, to compare with.",
+)
+@click.option(
+    "--sample",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Quantized weights to compare with IN, 64 if not given, evenly spread.",
+)
+@click.option("--all", "compare_all", is_flag=True, help="Compare all of them.")
+@_limit_options
+@_json_option
+@click.option("-q", "--quiet", is_flag=True, help="Print only what is wrong.")
+def verify(
+    out_dir: str,
+    source: str | None,
+    sample: int | None,
+    compare_all: bool,
+    device: str,
+    workers: int | None,
+    memory: str,
+    device_memory: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Check the quantized checkpoint OUT, whoever made it, and exit with 6 if something is wrong.
+
+    Checked are files, names and shapes; every scale; what runtimes make of the configuration; and
+    with --source, whether the weights are those of IN.
+    """
+    from .engines import backend_for
+    from .options import Limits
+    from .verify import verify as verify_folder
+    from .verify.report import document, lines, outcome
+
+    if compare_all and sample is not None:
+        raise UsageError("--all compares what --sample would choose from; give one of them")
+    if source is None and (compare_all or sample is not None):
+        raise UsageError("--sample and --all are about --source; give it too")
+    findings = verify_folder(
+        out_dir,
+        source=source,
+        sample=None if compare_all else sample or 64,
+        backend=backend_for(device) if source is not None else None,
+        limits=Limits(workers, memory, device_memory),
+    )
+    _say(lines(findings, quiet=quiet))
+    if as_json:
+        _print_json(document(findings))
+    if findings.is_clean and not quiet:
+        _say([f"{show(out_dir)}: {outcome(findings)}"])
+    if not findings.is_clean:
+        raise VerifyError(f"{show(out_dir)}: {outcome(findings)}")
 
 
 @cli.command()

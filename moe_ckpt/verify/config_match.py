@@ -20,10 +20,11 @@ from ..errors import show, show_some
 from ..kv_cache import KV_SCALES
 from ..layouts.sizes import model_type_of
 from ..modules import reason_to_keep
-from .findings import Findings
+from .findings import Findings, Runtime
 from .inventory import Inventory, Module, expert_of
 from .readings import Reading, read_config
 from .runtimes import runtimes_of
+from .scales import GATE_UP
 from .subject import Subject
 
 __all__ = ["built_from", "check_config"]
@@ -55,7 +56,7 @@ def check_config(subject: Subject, inventory: Inventory, findings: Findings) -> 
 
     If none can, it is checked for all that know such a configuration.
     """
-    runtimes = runtimes_of(subject, inventory)
+    runtimes = [_after_scales(r, subject, findings) for r in runtimes_of(subject, inventory)]
     misled = _check(subject, inventory, {r.name for r in runtimes if r.loads}, findings)
     findings.runtimes += [
         runtime._replace(why_not="it builds modules otherwise than they are, see above")
@@ -63,6 +64,20 @@ def check_config(subject: Subject, inventory: Inventory, findings: Findings) -> 
         else runtime
         for runtime in runtimes
     ]
+
+
+def _after_scales(runtime: Runtime, subject: Subject, findings: Findings) -> Runtime:
+    """SGLang refuses unequal scales of gate and up where activations stay in 16 bits."""
+    formats = {of.format for of in subject.weights.all_encoded()}
+    is_refused = (
+        runtime.name == SGLANG
+        and subject.dialect == "compressed-tensors"
+        and "nvfp4-w4a16" in formats
+        and any(finding.effect == GATE_UP for finding in findings.found)
+    )
+    if not (is_refused and runtime.loads):
+        return runtime
+    return runtime._replace(why_not="it refuses global scales that differ between gate and up")
 
 
 def _check(

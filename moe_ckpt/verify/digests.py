@@ -37,7 +37,7 @@ def check_digests(subject: Subject, findings: Findings, *, read_all: bool) -> No
                 _EFFECT,
             )
         elif read_all:
-            findings.counts["digest"] += 1
+            findings.counts["digests"] += 1
             found = _sha256(path)
             if found != published.sha256:
                 findings.add(

@@ -14,7 +14,7 @@ from .findings import Findings
 from .inventory import Inventory, Module, pairs_of
 from .subject import Subject
 
-__all__ = ["check_scales"]
+__all__ = ["GATE_UP", "check_scales"]
 
 _WRONG = {
     "block_scale": "the weights of the block become NaN, infinite or 0, and nothing is said",
@@ -25,7 +25,7 @@ _WRONG = {
     "kv_scale": "attention of the layer puts out NaN or 0",
 }
 _NO_NUMBER = "the matrix puts out NaN, and after it the model"
-_GATE_UP = (
+GATE_UP = (
     "vLLM uses gate's for both and warns once, so up is wrong by their ratio; so does SGLang, "
     "which refuses compressed-tensors W4A16; TensorRT-LLM stops or takes the larger"
 )
@@ -56,7 +56,7 @@ def check_scales(
         if part.role != "qweight"
     }
     roles |= {name: "kv_scale" for name in tensors if name.endswith(KV_SCALES)}
-    findings.counts["scale"] += len(roles)
+    findings.counts["scales"] += len(roles)
     bad, values = bad_numbers(shards, [tensors[name] for name in roles])
     for found in bad:
         _add_bad(found, "scale", _WRONG[roles[found.tensor.name]], findings)
@@ -67,7 +67,7 @@ def check_scales(
             for part, info in module.parts
             if part.role == "qweight" and part.dtype == "F8_E4M3"
         ]
-        findings.counts["weight of FP8"] += len(codes)
+        findings.counts["FP8 weights"] += len(codes)
         for found in bad_codes(shards, codes):
             _add_bad(found, "weight", _NO_NUMBER, findings)
     _check_experts(inventory, values, findings)
@@ -91,7 +91,7 @@ def _check_experts(inventory: Inventory, values: Values, findings: Findings) -> 
         for matrices in experts.split.values():
             for pair in pairs:
                 modules = [matrices[projection] for projection in pair if projection in matrices]
-                _refuse_unequal("global_scale", modules, values, findings, _GATE_UP)
+                _refuse_unequal("global_scale", modules, values, findings, GATE_UP)
         joined = {projection for pair in pairs for projection in pair}
         for side in (*pairs, *((p,) for p in projections if p not in joined)):
             modules = [

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from ..checkpoint import INDEX
 from ..errors import show, show_some
 from ..headers import TensorInfo
-from ..layouts.sizes import sizes_of
-from ..layouts.table import UNSUPPORTED, find_family
+from ..layouts.sizes import model_type_of, sizes_of
+from ..layouts.table import find_family
 from ..modules import module_of
 from .diagnosis import diagnose, stem_of
 from .findings import Findings
@@ -62,11 +62,11 @@ def _add(findings: Findings, where: str, problem: str, effect: str) -> None:
 
 def _count(subject: Subject, inventory: Inventory, findings: Findings) -> None:
     counts = findings.counts
-    counts["shard"] += len(subject.source.shards)
-    counts["tensor"] += len(subject.source.tensors)
+    counts["shards"] += len(subject.source.shards)
+    counts["tensors"] += len(subject.source.tensors)
     for module in inventory.modules:
         leading = module.shape[0] if len(module.shape) == 3 else 1
-        counts[f"matrix of {module.format}"] += leading
+        counts[f"matrices in {module.format}"] += leading
 
 
 def _check_index(subject: Subject, findings: Findings) -> None:
@@ -283,11 +283,9 @@ def _check_detection(subject: Subject, inventory: Inventory, findings: Findings)
     detection, config = subject.detection, subject.config
     if detection is not None or findings.found:
         return
-    model_type = str(config.get("model_type", ""))
-    known = find_family(model_type) is not None
-    stacked = any(found.stacked for found in inventory.experts.values())
-    if not known or model_type in UNSUPPORTED or stacked:
-        return
+    family = find_family(model_type_of(config))
+    is_split = any(found.split for found in inventory.experts.values())
+    if family is None or not (is_split and family.reads_split):
+        return  # the rules of detection are for sources, which may not be stored so
     for problem in subject.undetected:
-        where, _, rest = problem.partition(": ")
-        _add(findings, where, rest or problem, _STOPS)
+        _add(findings, "config.json", problem.removeprefix("config.json: "), _STOPS)
