@@ -175,8 +175,10 @@ class _Opening:
             )
             return index, {}
         sound: dict[str, str] = {}
+        names = {shard for shard in weight_map.values() if isinstance(shard, str)}
+        safe = {name for name in names if is_safe_shard_name(name)}
         for tensor, shard in weight_map.items():
-            if isinstance(shard, str) and is_safe_shard_name(shard):
+            if isinstance(shard, str) and shard in safe:
                 sound[tensor] = shard
                 continue
             self._add(
