@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 _SHOWN_PROBLEMS = 20
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _named(_context: click.Context, _parameter: click.Parameter, value: Any) -> Any:
@@ -160,7 +161,17 @@ def cli() -> None:
     show_default=True,
     help="error, or constant: input scale 1.0 where statistics are missing.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an earlier conversion in OUT.")
+@click.option("--overwrite", is_flag=True, help="Remove an earlier conversion in OUT, start anew.")
+@click.option(
+    "--trust-journal",
+    is_flag=True,
+    help="Going on, compare only the sizes of finished shards with the journal, not SHA-256.",
+)
+@click.option(
+    "--hash-source",
+    is_flag=True,
+    help="Record SHA-256 of the shards of IN; going on, they count instead of modification times.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
 @_json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
@@ -173,20 +184,25 @@ def convert(
     memory: str,
     device_memory: str,
     overwrite: bool,
+    trust_journal: bool,
+    hash_source: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
     **options: Unpack[PlanOptions],
 ) -> None:
-    """Convert the checkpoint folder IN to a quantized one in the new folder OUT."""
+    """Convert the checkpoint folder IN to a quantized one in the new folder OUT.
+
+    If it is interrupted, the same command goes on with it.
+    """
     from pathlib import Path
 
     from .options import Limits
+    from .out_dir import check_out_dir
     from .planner import make_plan
     from .progress import Progress
     from .report import plan_document, plan_lines, result_lines
-    from .writer import check_out_dir
 
     limits = Limits(workers, memory, device_memory)
     check_out_dir(Path(in_dir), Path(out_dir), overwrite=overwrite)
@@ -206,13 +222,22 @@ def convert(
         _say([f"note: {backend.note}"])
     with Progress(plan, _say, quiet=quiet) as report:
         result = execute(
-            plan, out_dir, backend=backend, limits=limits, overwrite=overwrite, progress=report
+            plan,
+            out_dir,
+            backend=backend,
+            limits=limits,
+            overwrite=overwrite,
+            trust_journal=trust_journal,
+            hash_source=hash_source,
+            progress=report,
+            say=(lambda _line: None) if quiet else (lambda line: _say([line])),
         )
         _ignore_signals()  # the output is complete: say so, whatever comes now
     if not quiet:
         _say(result_lines(result))
     if as_json:
         done = {"out_dir": str(result.out_dir), "device": result.device, "seconds": result.seconds}
+        done |= {"resumed_shards": result.resumed, "was_complete": result.was_complete}
         _print_json(plan_document(plan, limits) | {"result": done})
 
 
@@ -364,10 +389,12 @@ def main() -> NoReturn:
     """Run the command line and exit with the code that the error tree documents."""
     # numba imports it to look for a BLAS that no kernel uses, which takes longer than all of ours.
     sys.modules.setdefault("scipy", None)  # type: ignore[arg-type]
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in _SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup wants hangups ignored
             signal.signal(number, _terminate)
-    sys.exit(_run(cli))
+    code = _run(cli)
+    _ignore_signals()
+    sys.exit(code)
 
 
 def _run(command: Callable[..., Any]) -> int:
@@ -384,6 +411,7 @@ def _run(command: Callable[..., Any]) -> int:
     except (KeyboardInterrupt, click.Abort):
         return _fail(InterruptedConversionError())
     except MoeCkptError as error:
+        _ignore_signals()
         return _fail(error)
     except OSError as error:
         with suppress(OSError):
@@ -412,7 +440,7 @@ def _terminate(signum: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _ignore_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -113,7 +113,7 @@ class InterruptedConversionError(MoeCkptError):
     """Stopped by SIGINT (130), SIGTERM (143) or SIGHUP (129)."""
 
     def __init__(self, exit_code: int = 130) -> None:
-        super().__init__("interrupted; nothing usable was left in the output folder")
+        super().__init__("interrupted; run the same command again")
         self.exit_code = exit_code
 
 
