@@ -212,9 +212,6 @@ def _check_modules(
                 found = _text(reading.readers[runtime](module))
             except UndecidedError:
                 found = "?"
-            except re.error as error:
-                findings.add("config", show(module.name), f"expression: {show(error)}", _WORDS)
-                return {*by_runtime}
             if found != _text(module.format) and not _is_told(module, found):
                 wrong.setdefault(found, []).append(runtime)
         for found, runtimes in wrong.items():

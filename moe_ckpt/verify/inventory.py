@@ -62,9 +62,9 @@ class Experts:
 
     @property
     def matrices(self) -> Iterator[Module]:
-        """All matrices."""
+        """All matrices, those of expert 0 first."""
         yield from self.stacked.values()
-        for found in self.split.values():
+        for _, found in sorted(self.split.items()):
             yield from found.values()
 
 

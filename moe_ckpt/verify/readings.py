@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..announced import Announced
-from ..dialects.match_compressed import LINEAR, compressed_readers
+from ..dialects.match_compressed import compressed_readers
 from ..dialects.match_fp8 import fp8_readers
 from ..dialects.match_modelopt import RUNTIMES, mixed_readers
 from ..dialects.matching import SGLANG, TRANSFORMERS, TRTLLM, VLLM, Built, Reader, Rule
 from ..errors import show, show_some
+from .expressions import problem_with
 
 __all__ = ["Reading", "format_of_algo", "read_config"]
 
@@ -80,9 +81,19 @@ def _texts(value: Any, key: str, reading: Reading) -> tuple[str, ...]:
         return ()
     if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
         reading.has_list = True
-        return tuple(value)
+        return tuple(entry for entry in value if _is_usable(entry, key, reading))
     reading.problems.append(f'"{key}" must be a list of names, found {show(value)}')
     return ()
+
+
+def _is_usable(entry: str, key: str, reading: Reading) -> bool:
+    """Whether a name, pattern or expression can be matched in bounded time."""
+    expression = entry[3:] if entry.startswith("re:") else entry.replace("*", ".*")
+    plain = expression.replace(".", "").replace("_", "").isalnum()
+    problem = "" if plain else problem_with(expression)
+    if problem:
+        reading.problems.append(f'"{key}": {show(entry)}: {problem}')
+    return not problem
 
 
 def _first_of(said: Mapping[str, Any], *keys: str) -> tuple[str, Any]:
@@ -238,18 +249,12 @@ def _compressed(said: Mapping[str, Any], reading: Reading) -> None:
         packed = group.get("format") or said.get("format")
         if packed not in (stored, "mixed-precision", None):
             reading.problems.append(f"{where}: format is {show(packed)}; {label} is {stored}")
-        for target in _texts(group.get("targets"), f"{where}.targets", Reading()):
+        for target in _texts(group.get("targets"), f"{where}.targets", reading):
             targets[target] = label
     if not targets:
         reading.problems.append('"config_groups" has no targets: nothing is quantized')
         return
-    try:
-        reading.readers = compressed_readers(entries, targets)
-        for entry in (*entries, *targets):
-            if entry.startswith("re:"):
-                compressed_readers([entry], {LINEAR: "?"})[VLLM](Built("", ("",), None))
-    except ValueError as error:  # re.error is one
-        reading.problems.append(f"an expression is none: {show(error)}")
+    reading.readers = compressed_readers(entries, targets)
 
 
 def _number_of(weights: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -107,7 +107,8 @@ def _check_experts(inventory: Inventory, values: Values, findings: Findings) -> 
 def _check_linears(inventory: Inventory, values: Values, findings: Findings) -> None:
     """What runtimes build as one layer has one scale."""
     linears = inventory.linears
-    for members in built_modules(name for name, m in linears.items() if m.is_quantized).values():
+    quantized = [name for name, module in linears.items() if module.is_quantized]
+    for members in built_modules(quantized).values():
         if len(members) > 1:
             modules = [linears[member] for member in members]
             # Of FP8 every projection may have its own: runtimes quantize them again.
