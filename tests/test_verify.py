@@ -10,7 +10,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import FIXTURES, run_cli, write_headers
+from stored_as import ENCODINGS, MXFP4, experts, fused, mxfp4, save
 from tampering import (
     INDEX,
     add,
@@ -86,14 +88,14 @@ def test_exports_of_modelopt_are_clean(folder):
 
 
 @pytest.mark.parametrize(
-    ("model", "row", "quantize", "experts"),
+    ("model", "row", "quantize", "form"),
     CASES,
     ids=[f"{m}-{row.name}-{q}-{e}" for m, row, q, e in CASES],
 )
-def test_conversions_are_clean_in_every_dialect(tmp_path, model, row, quantize, experts):
+def test_conversions_are_clean_in_every_dialect(tmp_path, model, row, quantize, form):
     made = 0
     for dialect in DIALECTS:
-        options = {"dialect": dialect.name, "quantize": quantize, "experts": experts}
+        options = {"dialect": dialect.name, "quantize": quantize, "experts": form}
         try:
             out = converted(tmp_path / dialect.name, model, row.name, **options)
         except (InputError, UsageError):
@@ -130,6 +132,50 @@ def test_a_mix_of_formats_is_clean(tmp_path):
     assert findings.found == []
     assert findings.counts["matrices in nvfp4"]
     assert findings.counts["matrices in fp8-tensor"]
+
+
+def stored(folder, name):
+    """Experts in an encoding that others write, and a router, of whatever numbers."""
+    encode, options, said, _ = ENCODINGS[name]
+    shared = {"shared_amax": True} if "nvfp4" in name else {}
+    tensors, _ = experts(encode, 4, 128, 256, **shared, **options)
+    tensors["model.layers.0.mlp.gate.weight"] = torch.zeros(4, 256, dtype=torch.bfloat16)
+    key = "modules_to_not_convert" if said["quant_method"] in ("fp8", "mxfp8") else "ignore"
+    said = said | {key: ["lm_head", "model.layers.0.mlp.gate"]}
+    return save(folder, tensors, said, count=4, i=128, h=256)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("fp8-block-F32", "fp8-block-BF16", "fp8-block-ct", "fp8-tensor-1d", "fp8-channel-bf16"),
+        *("mxfp8-inv", "mxfp8-ct", "nvfp4-modelopt-1d", "nvfp4-ct-a16", "mxfp4-ct", "int8"),
+        *("int4-g32", "int4-g64-f16", "int4-g128-f32"),
+    ],
+)
+def test_what_others_write_is_clean(tmp_path, name):
+    findings = verify(stored(tmp_path / "in", name))
+    assert findings.found == []
+    assert findings.counts["scales"] >= 12
+
+
+def test_scales_of_rows_without_a_second_dimension_are_found(tmp_path):
+    found = one(verify(stored(tmp_path / "in", "int8-1d")), f"{LAYER}.0.up_proj.weight_scale")
+    assert found.problem == "has shape [128]; compressed-tensors has [128, 1]"
+
+
+def test_experts_of_gpt_oss_as_they_are_released_are_clean(tmp_path):
+    tensors, _ = fused(mxfp4, 4, 128, 256, interleaved=True, blocks=True)
+    for leaf, size in (("gate_up_proj_bias", 256), ("down_proj_bias", 256)):
+        tensors[f"{LAYER}.{leaf}"] = torch.zeros(4, size, dtype=torch.bfloat16)
+    folder = save(tmp_path / "in", tensors, MXFP4, count=4, i=128, h=256, model_type="gpt_oss")
+    findings = verify(folder)
+    assert findings.found == []
+    assert all(runtime.loads for runtime in findings.runtimes)
+    poke(folder, f"{LAYER}.down_proj_scales", b"\xff", 300)
+    assert "scale is nan at [0, 75, 0]" in one(verify(folder), f"{LAYER}.down_proj_scales").problem
+    delete(folder, f"{LAYER}.down_proj_scales")
+    assert "is missing" in one(verify(folder), f"{LAYER}.down_proj_scales").problem
 
 
 @pytest.mark.parametrize("model", ["qwen3_moe", "mixtral", "gpt_oss", "llama4"])

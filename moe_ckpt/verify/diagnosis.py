@@ -65,7 +65,9 @@ def diagnose(stem: str, tensors: Mapping[str, TensorInfo], used: Iterable[str]) 
             for name in _beside(stem, tensors)
         ]
     if _STACK_STEM.fullmatch(stem):
-        return min((_faults_of_stack(form, stem, tensors) for form in STACK_FORMS), key=len)
+        found = [_faults_of_stack(form, stem, tensors) for form in STACK_FORMS]
+        found += [_faults(of, stem, tensors) for of in ENCODINGS if of.ending == "_blocks"]
+        return min(found, key=len)
     known = set(used)
     tried = [encoding for encoding in ENCODINGS if not known or encoding.name in known]
     return min((_faults(encoding, stem, tensors) for encoding in tried), key=len)

@@ -45,6 +45,7 @@ def check_structure(subject: Subject, inventory: Inventory, findings: Findings) 
     _check_weights(subject, inventory, findings)
     _check_leftovers(subject, inventory, findings)
     _check_alike(inventory, findings)
+    _check_ranks(subject, inventory, findings)
     for name, problem in _experts_problems(subject, inventory):
         _add(
             findings,
@@ -202,6 +203,24 @@ def _check_alike(inventory: Inventory, findings: Findings) -> None:
             problem = f"is {info.dtype} {list(info.shape)}; all others of {module.what} are "
             problem += expected[0] if found[0] != expected[0] else f"of {expected[1]} dimensions"
             _add(findings, info.name, problem, _EFFECTS[part.role])
+
+
+def _check_ranks(subject: Subject, inventory: Inventory, findings: Findings) -> None:
+    """Report scales that are spread over dimensions as only ModelOpt writes them."""
+    if not subject.said or subject.said[0].method == "modelopt":
+        return
+    for module in inventory.quantized:
+        for part, info in module.parts:
+            if part.role not in ("block_scale", "channel_scale") or len(module.shape) == 3:
+                continue
+            expected = part.shape(*module.shape)
+            if info.shape != expected:
+                _add(
+                    findings,
+                    info.name,
+                    f"has shape {list(info.shape)}; {subject.said[0].method} has {list(expected)}",
+                    "runtimes hold it in that shape, and stop",
+                )
 
 
 def _experts_problems(subject: Subject, inventory: Inventory) -> Iterator[tuple[str, str]]:
