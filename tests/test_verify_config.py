@@ -180,13 +180,21 @@ def test_entries_that_hit_nothing_quantized_are_no_harm(tmp_path, entry):
         (remove("lm_head"), "exclude_modules lacks lm_head"),
         (lambda said: said.update(quant_algo="FP8"), "quant_algo is FP8, in config.json NVFP4"),
         (lambda said: said.update(kv_cache_quant_algo="FP8"), "says an FP8 KV cache"),
+        (lambda said: said.update(kv_cache_quant_algo=[1]), "kv_cache_quant_algo is [1]"),
+        (lambda said: said.pop("kv_cache_quant_algo"), 'has no "kv_cache_quant_algo"'),
+        (lambda said: said.pop("group_size"), 'has no "group_size"'),
     ],
 )
 def test_files_that_disagree_are_found(tmp_path, edit, text):
     folder = copy(NVFP4, tmp_path)
     edit_json(folder / "hf_quant_config.json", lambda value: edit(value["quantization"]))
-    found = finding(folder, "hf_quant_config.json", text)
-    assert "TensorRT-LLM goes by hf_quant_config.json" in found.effect
+    assert finding(folder, "hf_quant_config.json", text).effect
+
+
+def test_a_file_of_modelopt_without_what_it_is_for_is_found(tmp_path):
+    folder = copy(NVFP4, tmp_path)
+    edit_json(folder / "hf_quant_config.json", lambda value: value.update(quantization="FP8"))
+    assert 'no object "quantization"' in verify(folder).found[0].problem
 
 
 def test_only_runtimes_that_read_a_file_are_misled_by_it(tmp_path):
@@ -291,6 +299,31 @@ def test_edited_configuration_of_fp8_is_found(tmp_path, edit, where, texts):
                 (".*a" * 30, "can take forever"),
                 ("a{99999999999999999999}", "no regular expression"),
             )
+        ),
+        *(
+            (
+                lambda said, key=key, value=value: group(said)["input_activations"].update(
+                    {key: value}
+                ),
+                "config.json: quantization_config",
+                (f"input_activations.{key} is",),
+            )
+            for key, value in (("dynamic", False), ("strategy", "tensor"), ("num_bits", 4))
+        ),
+        (
+            lambda said: group(said).update(input_activations=[]),
+            "config.json: quantization_config",
+            ("input_activations must be an object",),
+        ),
+        (
+            lambda said: said.update(kv_cache_scheme=["a"]),
+            "config.json: quantization_config",
+            ("kv_cache_scheme is ['a']",),
+        ),
+        (
+            lambda said: said.pop("quant_method"),
+            "config.json: quantization_config",
+            ("has no quant_method",),
         ),
         (
             lambda said: said.update(quant_method="bitsandbytes"),

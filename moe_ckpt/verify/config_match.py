@@ -45,6 +45,14 @@ _READ_AS_PLAIN = (
 )
 _READ_AS_OTHER = "they build it for another format: loading stops, or the weights are wrong"
 _REFUSED = "they stop, for they build it as one module and it is listed in part, or not at all"
+# What vLLM wants of the file, where it goes by it.
+_KEYS_BESIDE = {
+    **dict.fromkeys(
+        ("NVFP4", "W4A16_NVFP4"), ("group_size", "kv_cache_quant_algo", "exclude_modules")
+    ),
+    "MXFP8": ("kv_cache_quant_algo", "exclude_modules"),
+}
+
 _WORDS = "runtimes stop at it, or build all modules for another format"
 _TWO_FILES = (
     "TensorRT-LLM goes by hf_quant_config.json, vLLM and SGLang by config.json: one is wrong"
@@ -264,7 +272,11 @@ def _check_two_files(subject: Subject, readings: Mapping[str, Reading], findings
         )
         return
     one, other = readings[config.where], readings[HF_QUANT_CONFIG]
-    differences = []
+    differences = [
+        f'has no "{key}", which vLLM wants there'
+        for key in _KEYS_BESIDE.get(str(beside.said.get("quant_algo")).upper(), ())
+        if key not in beside.said
+    ]
     algos = [str(said.said.get("quant_algo", "")).upper() for said in (config, beside)]
     if algos[0] != algos[1]:
         differences.append(f"quant_algo is {show(algos[1])}, in config.json {show(algos[0])}")

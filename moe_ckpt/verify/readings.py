@@ -41,6 +41,9 @@ _NUMBERS: Mapping[tuple[object, ...], tuple[str, str]] = {
 }
 
 
+_NAMES_OF_MODELOPT = ("modelopt", *(f"modelopt_{of}" for of in ("fp4", "fp8", "mixed", "mxfp8")))
+
+
 @dataclass(slots=True)
 class Reading:
     """How runtimes read what one file says.
@@ -67,13 +70,32 @@ def read_config(said: Announced) -> Reading:
     """Read what one file says of quantization."""
     reading = Reading()
     read = _METHODS.get(said.method)
-    if read is None:
+    named = said.said.get("quant_method")
+    if "quant_method" not in said.said:
+        reading.problems.append("has no quant_method, by which runtimes know what it is")
+    elif read is None or (said.method == "modelopt" and named not in _NAMES_OF_MODELOPT):
         reading.problems.append(
-            f"quant_method {show(said.method)!r} is unknown; known are {', '.join(_METHODS)}"
+            f"quant_method {show(named)!r} is unknown; known are {', '.join(_METHODS)}"
         )
+    if read is None:
         return reading
+    _check_kv_cache(said.said, said.method, reading)
     read(said.said, reading)
     return reading
+
+
+def _check_kv_cache(said: Mapping[str, Any], method: str, reading: Reading) -> None:
+    """What is said of the KV cache: vLLM knows one kind of compressed-tensors."""
+    algo, scheme = said.get("kv_cache_quant_algo"), said.get("kv_cache_scheme")
+    if algo is not None and not isinstance(algo, str):
+        reading.problems.append(f"kv_cache_quant_algo is {show(algo)}; expected a name or null")
+    if scheme is None:
+        return
+    number = (scheme.get("num_bits"), scheme.get("type")) if isinstance(scheme, dict) else ()
+    if not number or (method == "compressed-tensors" and number != (8, "float")):
+        reading.problems.append(
+            f"kv_cache_scheme is {show(scheme)}; expected numbers of 8 bits, type float, or null"
+        )
 
 
 def _texts(value: Any, key: str, reading: Reading) -> tuple[str, ...]:
@@ -166,8 +188,7 @@ def _modelopt_mix(
     if unknown:
         reading.problems.append(f"quantized_layers: {show_some(unknown)}: unknown quant_algo")
     for name, group in groups.items():
-        targets = group.get("targets")
-        named = targets if isinstance(targets, list) else []
+        named = _texts(group.get("targets"), f"config_groups.{show(name)}.targets", reading)
         formats = {reading.layers[t] for t in named if t in reading.layers}
         strangers = [t for t in named if t not in reading.layers]
         if strangers:
@@ -207,7 +228,7 @@ def _check_group(name: str, group: Mapping[str, Any], found: str, reading: Readi
         if not isinstance(number, dict):
             reading.problems.append(f"{where}.{what} must be an object, found {show(number)}")
             continue
-        expected = {"num_bits": bits, "group_size": size, "type": "float"}
+        expected = {"num_bits": bits, "group_size": size, "type": "float", "dynamic": False}
         for key, value in expected.items():
             if key in number and number[key] != value:
                 reading.problems.append(
@@ -244,6 +265,7 @@ def _compressed(said: Mapping[str, Any], reading: Reading) -> None:
         inputs = group.get("input_activations")
         if label == "nvfp4" and inputs is None:
             label = "nvfp4-w4a16"
+        _check_activations(f"{where}.input_activations", inputs, label, reading)
         if isinstance(inputs, dict) and inputs.get("dynamic") in (False, None, "local"):
             _static(label, reading)
         packed = group.get("format") or said.get("format")
@@ -255,6 +277,38 @@ def _compressed(said: Mapping[str, Any], reading: Reading) -> None:
         reading.problems.append('"config_groups" has no targets: nothing is quantized')
         return
     reading.readers = compressed_readers(entries, targets)
+
+
+# format -> bits, strategies and "dynamic" of activations that runtimes know
+_ACTIVATIONS: Mapping[str, tuple[int, tuple[str, ...], tuple[object, ...]]] = {
+    "nvfp4": (4, ("tensor_group",), ("local", False)),
+    "mxfp4": (4, ("group",), (True,)),
+    "mxfp8": (8, ("group",), (True,)),
+    "fp8-tensor": (8, ("tensor", "token"), (True, False)),
+    "fp8-channel": (8, ("token",), (True,)),
+    "fp8-block": (8, ("group", "token"), (True,)),
+    "int8-channel": (8, ("token",), (True,)),
+}
+
+
+def _check_activations(where: str, inputs: Any, label: str, reading: Reading) -> None:
+    """Activations of compressed-tensors must be of a kind that goes with the weights."""
+    if inputs is None:
+        return
+    if not isinstance(inputs, dict):
+        reading.problems.append(f"{where} must be an object, found {show(inputs)}")
+        return
+    if label not in _ACTIVATIONS:
+        return
+    bits, strategies, dynamic = _ACTIVATIONS[label]
+    for key, found, known in (
+        ("num_bits", inputs.get("num_bits", 8), (bits,)),
+        ("strategy", inputs.get("strategy", strategies[0]), strategies),
+        ("dynamic", inputs.get("dynamic", False), dynamic),
+    ):
+        if found not in known:
+            expected = " or ".join(map(str, known))
+            reading.problems.append(f"{where}.{key} is {show(found)}; {label} has {expected}")
 
 
 def _number_of(weights: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..announced import HF_QUANT_CONFIG, Announced, everything_said
+from ..announced import HF_QUANT_CONFIG, Announced, everything_said, quantization_beside
 from ..checkpoint import CONFIG, INDEX, Source, is_safe_shard_name, shards_in
 from ..errors import CheckpointError, InputError, OutputRefusedError, show
 from ..headers import Shard, TensorInfo, read_header
@@ -250,6 +250,9 @@ class _Opening:
         """What config.json and hf_quant_config.json say of quantization."""
         text = self._bytes_of(HF_QUANT_CONFIG)
         try:
+            if text is not None and quantization_beside(text) is None:
+                problem = 'has no object "quantization"'
+                self._add(HF_QUANT_CONFIG, problem, "TensorRT-LLM cannot read it")
             return everything_said(config, text)
         except CheckpointError as error:
             self._add_all(HF_QUANT_CONFIG, error, "TensorRT-LLM cannot read it")
