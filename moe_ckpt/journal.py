@@ -155,6 +155,7 @@ def _is_unsound(record: Record) -> bool:
 
 def _is_origin(origin: object) -> bool:
     """Whether a JSON value has what `origin.differences` looks at."""
-    if not isinstance(origin, dict) or not {"version", "headers", "mtimes"} <= origin.keys():
+    texts = {"version", "headers", "config", "mtimes"}
+    if not isinstance(origin, dict) or not texts <= origin.keys():
         return False
     return all(isinstance(origin.get(key), dict) for key in ("options", "files"))
