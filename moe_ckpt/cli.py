@@ -172,6 +172,9 @@ def cli() -> None:
     is_flag=True,
     help="Record SHA-256 of the shards of IN; going on, they count instead of modification times.",
 )
+@click.option(
+    "--no-verify", is_flag=True, help="Do not check the result before its configuration is written."
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
 @_json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
@@ -186,6 +189,7 @@ def convert(
     overwrite: bool,
     trust_journal: bool,
     hash_source: bool,
+    no_verify: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -231,6 +235,7 @@ def convert(
             overwrite=overwrite,
             trust_journal=trust_journal,
             hash_source=hash_source,
+            verify=not no_verify,
             progress=report,
             say=(lambda _line: None) if quiet else (lambda line: _say([line])),
         )
@@ -240,6 +245,7 @@ def convert(
     if as_json:
         done = {"out_dir": str(result.out_dir), "device": result.device, "seconds": result.seconds}
         done |= {"resumed_shards": result.resumed, "was_complete": result.was_complete}
+        done["verified"] = dict(result.verified)
         _print_json(plan_document(plan, limits) | {"result": done})
 
 

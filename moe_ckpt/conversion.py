@@ -8,18 +8,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Unpack
 
+from .checkpoint import INDEX
 from .engines import Backend, backend_for
-from .errors import EnvironmentFaultError, show
+from .errors import EnvironmentFaultError, VerifyError, show
 from .journal import head_of, read_journal
 from .options import Limits, PlanOptions
 from .origin import file_sha256
 from .out_dir import check_out_dir, missing_nbytes
-from .plan import Job, OutShard, Plan
+from .plan import Job, OutShard, Plan, index_of
 from .planner import make_plan
 from .pool import Pool, environment_faults, pool_over
 from .quantizer import Worker
@@ -39,8 +40,8 @@ class Result:
     """A finished conversion.
 
     ``resumed``: how many shards an earlier run had made. ``was_complete``: whether it had left
-    nothing to do.
-    ``inexact_blocks``: blocks of MXFP4 that NVFP4 could not hold exactly.
+    nothing to do. ``inexact_blocks``: blocks of MXFP4 that NVFP4 could not hold exactly.
+    ``verified``: what `moe_ckpt.verify` looked at -> how many; empty if it was not asked.
     """
 
     plan: Plan
@@ -50,6 +51,7 @@ class Result:
     resumed: int = 0
     was_complete: bool = False
     inexact_blocks: int = 0
+    verified: Mapping[str, int] = field(default_factory=dict)
 
 
 def convert(
@@ -61,6 +63,7 @@ def convert(
     overwrite: bool = False,
     trust_journal: bool = False,
     hash_source: bool = False,
+    verify: bool = True,
     progress: Progress | None = None,
     **options: Unpack[PlanOptions],
 ) -> Result:
@@ -75,6 +78,7 @@ def convert(
         trust_journal: of finished shards compare only the size with the journal.
         hash_source: read the whole source first and record the SHA-256 of each shard; when going
             on, these are compared instead of modification times.
+        verify: check structure, scales and configuration before the latter is written.
         progress: called with the bytes read, and with a shard when it is finished.
         options: those of `moe_ckpt.Options`.
 
@@ -83,6 +87,7 @@ def convert(
         CheckpointError: a weight is NaN or infinite, or scales contradict each other.
         EnvironmentFaultError: disk, memory or GPU failed. As after any error, finished shards stay
             and the same call goes on.
+        VerifyError: something is wrong with what was written; it has no configuration.
     """
     backend = backend_for(device)
     check_out_dir(Path(in_dir), Path(out_dir), overwrite=overwrite)
@@ -95,6 +100,7 @@ def convert(
         overwrite=overwrite,
         trust_journal=trust_journal,
         hash_source=hash_source,
+        verify=verify,
         progress=progress,
     )
 
@@ -109,6 +115,7 @@ def execute(
     overwrite: bool = False,
     trust_journal: bool = False,
     hash_source: bool = False,
+    verify: bool = True,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda _line: None,
 ) -> Result:
@@ -118,6 +125,7 @@ def execute(
     people.
     """
     started = time.monotonic()
+    verified: Mapping[str, int] = {}
     budget = budget or budget_for(backend, limits or Limits(), gathered_nbytes(plan))
     with environment_faults():
         content = _hashed(plan, budget.workers) if hash_source else None
@@ -137,6 +145,8 @@ def execute(
                 say(f"going on: {len(folder.resumed)} of {len(plan.shards)} shards are finished")
             if not folder.is_complete:
                 _write_shards(plan, folder, backend, budget, progress or (lambda *_: None))
+                if verify:
+                    verified = _verify(plan, folder)
                 folder.finish()
     return Result(
         plan,
@@ -146,6 +156,7 @@ def execute(
         resumed=len(folder.resumed),
         was_complete=folder.is_complete,
         inexact_blocks=folder.inexact_blocks,
+        verified=verified,
     )
 
 
@@ -171,6 +182,24 @@ def _hashed(plan: Plan, threads: int) -> dict[str, str]:
     with ThreadPoolExecutor(threads) as pool:
         digests = pool.map(lambda shard: file_sha256(shard.path), plan.source_shards)
         return {shard.name: sha for shard, sha in zip(plan.source_shards, digests, strict=True)}
+
+
+def _verify(plan: Plan, folder: OutputFolder) -> Mapping[str, int]:
+    """Check the shards on disk with the configuration that is still to be written."""
+    from .verify import Findings, check_parts
+    from .verify.subject import open_subject
+
+    index = index_of(plan)
+    texts = {**plan.files, **({INDEX: index} if index else {})}
+    findings = Findings()
+    check_parts(open_subject(folder.root, findings, texts), findings)
+    if not findings.is_clean:
+        raise VerifyError(
+            *(f"{found.where}: {found.problem}; {found.effect}" for found in findings.found),
+            f"{show(folder.root)}: was not given its configuration; if you know better, the same "
+            "command with --no-verify does that",
+        )
+    return findings.counts
 
 
 def _write_shards(

@@ -160,6 +160,9 @@ def result_lines(result: Result) -> Iterator[str]:
             f"{count_of(result.inexact_blocks, 'block')} of MXFP4 could not be held exactly by "
             "NVFP4: their exponents are too far below the largest of their matrix"
         )
+    if result.verified:
+        looked_at = ", ".join(f"{count:,} {noun}" for noun, count in result.verified.items())
+        yield f"verified: {looked_at}"
     yield f"written to {show(result.out_dir)}"
 
 
