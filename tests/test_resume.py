@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -20,7 +21,12 @@ from faults import tree
 
 import moe_ckpt
 from moe_ckpt import reader
-from moe_ckpt.errors import CheckpointError, EnvironmentFaultError, OutputRefusedError
+from moe_ckpt.errors import (
+    CheckpointError,
+    EnvironmentFaultError,
+    OutputRefusedError,
+    VerifyError,
+)
 from moe_ckpt.journal import read_journal
 
 SOURCE = FIXTURES / "qwen3_moe" / "source"
@@ -593,3 +599,43 @@ def test_a_dry_run_knows_what_would_be_refused(source, tmp_path):
     assert other.returncode == 4
     assert "--max-shard-size was 30000 and is 70000 now" in other.stderr
     assert tree(out) == before
+
+
+def test_a_result_that_is_wrong_gets_no_configuration(source, tmp_path, whole):
+    """A scale that is no number on its way to the disk; --no-verify takes it all the same."""
+    from moe_ckpt.writer import ShardWriter
+
+    real = ShardWriter.write
+    plan = moe_ckpt.make_plan(source, **SHARDS)
+    name = "model.layers.0.mlp.experts.3.down_proj.weight_scale_2"
+    shard = next(s for s in plan.shards if any(t.name == name for t in s.tensors))
+    offset = 0
+    for tensor in shard.tensors:
+        if tensor.name == name:
+            break
+        offset += tensor.nbytes
+
+    def write(self, start, data):
+        real(self, start, data)
+        if self.shard == shard and start <= offset < start + data.nbytes:
+            real(self, offset, memoryview(struct.pack("<f", float("nan"))))
+
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardWriter, "write", write)
+        with pytest.raises(VerifyError, match=name.replace(".", r"\.")) as caught:
+            moe_ckpt.convert(source, out, **SHARDS)
+    assert caught.value.exit_code == 6
+    assert not (out / "config.json").exists()
+    assert not (out / "hf_quant_config.json").exists()
+    assert not list(out.glob("*.index.json"))
+    again = run_cli("convert", source, out, "--max-shard-size", "30000")
+    assert again.returncode == 6
+    assert "--no-verify" in again.stderr
+    forced = run_cli("convert", source, out, "--max-shard-size", "30000", "--no-verify")
+    assert forced.returncode == 0
+    assert (out / "config.json").exists()
+    assert tree(out).keys() == whole.keys()
+    found = run_cli("verify", out)
+    assert found.returncode == 6
+    assert name in found.stderr
