@@ -19,7 +19,8 @@ class Reading:
 
     ``readers``: runtime -> the format of a module. ``static``: formats whose activations have a
     scale that must be stored. ``problems``: what is wrong with the words themselves.
-    ``entries``: the list of what is not quantized. ``layers``: module -> format, of a mix.
+    ``entries``: the list of what is not quantized, and ``has_list`` whether there is one.
+    ``layers``: module -> format, of a mix.
     """
 
     readers: dict[str, Reader] = field(default_factory=dict)

@@ -11,11 +11,12 @@ from ..dialects.matching import SGLANG, TRANSFORMERS, TRTLLM, VLLM, Built
 from ..errors import show
 from .read_compressed import read_compressed
 from .read_modelopt import read_modelopt
-from .reading import Reading, first_of, texts_of
+from .reading import Reading, texts_of
 
 __all__ = ["Reading", "read_config"]
 
 _BLOCKS = {(128, 128): "fp8-block", (1, 32): "mxfp8"}
+_KEPT, _IGNORED = "modules_to_not_convert", "ignored_layers"
 _NAMES_OF_MODELOPT = ("modelopt", *(f"modelopt_{of}" for of in ("fp4", "fp8", "mixed", "mxfp8")))
 
 
@@ -72,11 +73,15 @@ def _fp8(said: Mapping[str, Any], reading: Reading) -> None:
 
 
 def _listed(said: Mapping[str, Any], found: str, reading: Reading) -> None:
-    key, listed = first_of(said, "modules_to_not_convert", "ignored_layers")
-    entries = reading.entries = texts_of(listed, key, reading)
-    reading.readers = fp8_readers(entries, found)
-    if key == "ignored_layers":
-        reading.readers.pop(TRANSFORMERS)  # it reads the other key only
+    """vLLM and SGLang look for ``ignored_layers`` first, the others only for the other key."""
+    ignored = texts_of(said.get(_IGNORED), _IGNORED, reading)
+    reading.has_list = False
+    kept = texts_of(said.get(_KEPT), _KEPT, reading)
+    reading.entries = (*ignored, *kept)
+    reading.readers = fp8_readers(kept, found)
+    if ignored:
+        first = fp8_readers(ignored, found)
+        reading.readers |= {VLLM: first[VLLM], SGLANG: first[SGLANG]}
 
 
 def _mxfp8(said: Mapping[str, Any], reading: Reading) -> None:
@@ -89,8 +94,7 @@ def _fbgemm(said: Mapping[str, Any], reading: Reading) -> None:
 
 def _mxfp4(said: Mapping[str, Any], reading: Reading) -> None:
     """All runtimes quantize the experts, and read no list for them."""
-    key, listed = first_of(said, "modules_to_not_convert", "ignored_layers")
-    reading.entries = texts_of(listed, key, reading)
+    reading.entries = texts_of(said.get(_KEPT), _KEPT, reading)
 
     def read(module: Built) -> str | None:
         return "mxfp4" if module.is_experts else None
