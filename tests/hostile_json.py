@@ -170,7 +170,7 @@ CONFIGS: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "missing": (lambda folder: (folder / "in/config.json").unlink(), ("config.json: is missing",)),
     "of 7 million lists": (
         config_text("[" + "[]," * 7_000_000 + "0]"),
-        ("config.json: holds more than",),
+        ("config.json: holds millions of values",),
     ),
     "of 30 MB": (
         replace("in/config.json", lambda path: sparse(path, 30_000_001)),

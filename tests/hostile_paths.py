@@ -167,13 +167,25 @@ WHERE = {  # tensor, position -> what the message says
     (DOWN, -1): ("expert 3", "row 63, column 31"),
 }
 WEIGHT_CASES = [
-    Case(
-        f"{value} in {dtype} {name.rpartition('.')[2]} at {position}",
-        spoilt(dtype, name, position, value),
-        (f"{S1}: {name}[{says[0]}]", f"weight is {value} at {says[1]}", "NaN or infinite"),
-        is_late=True,
-    )
-    for dtype in ("BF16", "F16", "F32")
-    for value in (NAN, INF, -INF)
-    for (name, position), says in WHERE.items()
+    *(
+        Case(
+            f"a weight too large for {number_format}",
+            spoilt("BF16", GATE_UP, 7, 3.3e38),
+            (f"{S1}: {GATE_UP}[expert 0]", "weight is 3.29", number_format, "choose another"),
+            args=("--format", number_format),
+            is_late=True,
+        )
+        for number_format in ("mxfp4", "mxfp8", "int4-g32", "int8-channel")
+    ),
+    *(
+        Case(
+            f"{value} in {dtype} {name.rpartition('.')[2]} at {position}",
+            spoilt(dtype, name, position, value),
+            (f"{S1}: {name}[{says[0]}]", f"weight is {value} at {says[1]}", "NaN or infinite"),
+            is_late=True,
+        )
+        for dtype in ("BF16", "F16", "F32")
+        for value in (NAN, INF, -INF)
+        for (name, position), says in WHERE.items()
+    ),
 ]
