@@ -319,8 +319,9 @@ def _run(command: Callable[..., Any]) -> int:
     except MoeCkptError as error:
         return _fail(error)
     except OSError as error:
-        with suppress(OSError):
-            sys.stdout.close()  # else the interpreter tries again to write what is left
+        if error.filename is None:
+            with suppress(OSError):
+                sys.stdout.close()  # else the interpreter tries again to write what is left
         where = show(error.filename or "standard output")
         return _fail(EnvironmentFaultError(f"{where}: {error.strerror}"))
     except MemoryError:
