@@ -136,7 +136,7 @@ def open_folder():
 
 
 LOCKED = {  # what has which mode -> what is said
-    "input": ("in", 0o000, "in: cannot be read: Permission denied"),
+    "input": ("in", 0o000, "in: Permission denied"),
     "input that cannot be entered": ("in", 0o444, "Permission denied"),
     "config": ("in/config.json", 0o000, "config.json: cannot be read: Permission denied"),
     "index": (f"in/{INDEX}", 0o000, f"{INDEX}: cannot be read: Permission denied"),
