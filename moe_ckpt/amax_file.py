@@ -27,13 +27,14 @@ from pathlib import Path
 from .checkpoint import Source
 from .errors import AmaxError, show
 from .regular import read_regular
-from .strict_json import parse_object, type_name
+from .strict_json import parse_object, show_value, type_name
 
 __all__ = ["amax_text", "read_amax", "source_digest"]
 
 SCHEMA = "moe-ckpt/weight-amax"
 VERSION = 1
-_CAP_NBYTES = 1_000_000_000
+_CAP_NBYTES = 100_000_000
+_AGAIN = "run `moe-ckpt scan` again"
 
 
 def source_digest(source: Source) -> str:
@@ -60,24 +61,24 @@ def read_amax(file: str | os.PathLike[str], source: Source) -> dict[str, float]:
     """
     path = Path(file)
     name = show(path.name)
-    top = parse_object(read_regular(path, _CAP_NBYTES, AmaxError), name, AmaxError)
-    if top.get("schema") != SCHEMA or top.get("version") != VERSION:
+    text = read_regular(path, _CAP_NBYTES, AmaxError)
+    top = parse_object(text, name, AmaxError, remedy=_AGAIN)
+    if top.get("schema") != SCHEMA or top.get("version") != VERSION or top["version"] is True:
         raise AmaxError(
             f"{name}: is not weight amax of version {VERSION}; make it with `moe-ckpt scan`"
         )
     if top.get("source") != source_digest(source):
         raise AmaxError(
-            f"{name}: was made from another checkpoint, or its shards were written since; run "
-            "`moe-ckpt scan` again"
+            f"{name}: was made from another checkpoint, or its shards were written since; {_AGAIN}"
         )
     modules = top.get("modules")
     if not isinstance(modules, dict):
-        raise AmaxError(f"{name}: modules must be an object, found {type_name(modules)}")
+        raise AmaxError(f"{name}: modules must be an object, found {type_name(modules)}; {_AGAIN}")
     for module, amax in modules.items():
         if not _is_magnitude(amax):
             raise AmaxError(
-                f'{name}: modules["{show(module)}"]: is {show(amax)}; expected a float32 '
-                "magnitude; run `moe-ckpt scan` again"
+                f'{name}: modules["{show(module)}"]: is {show_value(amax)}; expected a float32 '
+                f"magnitude; {_AGAIN}"
             )
     return {module: float(amax) for module, amax in modules.items()}
 

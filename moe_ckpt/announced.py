@@ -16,13 +16,13 @@ from .encodings import ENCODINGS
 from .errors import CheckpointError, Problems, show, show_some
 from .formats import find_format
 from .regular import read_regular
-from .strict_json import parse_object
+from .strict_json import parse_object, show_value
 
 __all__ = ["HF_QUANT_CONFIG", "Announced", "announcements", "everything_said"]
 __all__ += ["quantization_beside"]
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
-_CAP_NBYTES = 100_000_000
+_CAP_NBYTES = 30_000_000
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 
 # quant_method -> the formats it may announce; methods that are not here are refused.
@@ -59,7 +59,8 @@ class Announced:
     @property
     def method(self) -> str:
         """The quant_method; ModelOpt's is also written modelopt_fp4 and the like."""
-        method = str(self.said.get("quant_method", ""))
+        said = self.said.get("quant_method", "")
+        method = said if isinstance(said, str) else show_value(said)
         if method.startswith("modelopt") or ("quant_algo" in self.said and not method):
             return "modelopt"
         return method or ("compressed-tensors" if "config_groups" in self.said else "")
@@ -75,7 +76,7 @@ class Announced:
         said = self._kv_cache
         if not said or said is True:
             return ""
-        return f"{self.where}: KV cache scheme {show(said)} is not known and is left out"
+        return f"{self.where}: KV cache scheme {show_value(said)} is not known and is left out"
 
     @property
     def _kv_cache(self) -> Any:
@@ -90,11 +91,11 @@ class Announced:
 
     def refuse_unread(self, problems: Problems) -> None:
         """Report what is said of ways to quantize that cannot be read."""
-        method = self.method
+        method, said = self.method, self.said.get("quant_method")
         if method not in _METHODS:
             problems.add(
                 CheckpointError,
-                f"{self.where}: quant_method {show(method)!r} cannot be read; known are "
+                f"{self.where}: quant_method {show_value(said)} cannot be read; known are "
                 f"{', '.join(_METHODS)}. Start from the original release",
             )
             return
@@ -102,7 +103,7 @@ class Announced:
         if block is not None and block not in ([128, 128], [1, 32]):
             problems.add(
                 CheckpointError,
-                f"{self.where}: weight_block_size is {show(block)}; only [128, 128] and MX's "
+                f"{self.where}: weight_block_size is {show_value(block)}; only [128, 128] and MX's "
                 "[1, 32] can be read",
             )
         for key, what in _NOT_READ.items():

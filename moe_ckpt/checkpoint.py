@@ -15,8 +15,8 @@ from typing import Any
 
 from .errors import CheckpointError, Problems, show, show_some
 from .headers import Shard, TensorInfo, read_header
-from .regular import read_regular
-from .strict_json import parse_object, type_name
+from .regular import read_failure, read_regular
+from .strict_json import parse_object, show_value, type_name
 
 __all__ = ["SideFile", "Source", "is_safe_shard_name", "open_source", "shards_in"]
 
@@ -24,7 +24,8 @@ __all__ = ["SideFile", "Source", "is_safe_shard_name", "open_source", "shards_in
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_JSON_CAP_NBYTES = 100_000_000
+_CONFIG_CAP_NBYTES = 30_000_000
+_INDEX_CAP_NBYTES = 100_000_000
 
 # Weights in other formats: loaders would find them beside ours, and pickles can run code.
 _OTHER_WEIGHTS = (
@@ -61,15 +62,17 @@ def open_source(folder: str | os.PathLike[str]) -> Source:
 
     Raises:
         CheckpointError: with every damaged, missing or contradictory file that was found.
+        EnvironmentFaultError: the disk failed.
     """
     root = Path(folder)
     if not os.path.isdir(root):
-        raise CheckpointError(f"{show(root)}: is not a folder with a checkpoint")
+        raise CheckpointError(
+            f"{show(root)}: is not a folder with a checkpoint; give the one that holds config.json"
+        )
     try:
         return _open_source(root)
     except OSError as error:
-        where = show(error.filename or root)
-        raise CheckpointError(f"{where}: cannot be read: {error.strerror}") from None
+        raise read_failure(error, error.filename or str(root), CheckpointError) from None
 
 
 def _open_source(root: Path) -> Source:
@@ -78,8 +81,12 @@ def _open_source(root: Path) -> Source:
             "adapter_config.json: this is a LoRA adapter without its model; merge it into the "
             "model first"
         )
+    if not os.path.lexists(root / CONFIG):
+        raise CheckpointError(
+            f"{CONFIG}: is missing in {show(root)}; download it, or give the folder that holds it"
+        )
     config = parse_object(
-        read_regular(root / CONFIG, _JSON_CAP_NBYTES, CheckpointError),
+        read_regular(root / CONFIG, _CONFIG_CAP_NBYTES, CheckpointError),
         CONFIG,
         CheckpointError,
         constants=True,  # transformers writes Infinity, e.g. for time_step_limit
@@ -88,7 +95,13 @@ def _open_source(root: Path) -> Source:
     problems = Problems()
     shards: dict[str, Shard] = {}
     tensors: dict[str, TensorInfo] = {}
+    present = shards_in(root)
     for name in sorted(set(weight_map.values())) if weight_map else [_only_shard(root)]:
+        if name not in present:
+            problems.add(
+                CheckpointError, f"{name}: shard is missing; download the checkpoint again"
+            )
+            continue
         read = problems.catch(partial(read_header, root / name))
         if read is None:
             continue
@@ -97,7 +110,8 @@ def _open_source(root: Path) -> Source:
             if info.name in tensors:
                 problems.add(
                     CheckpointError,
-                    f"{show(info.name)}: is in two shards, {tensors[info.name].shard} and {name}",
+                    f"{show(info.name)}: is in two shards, {tensors[info.name].shard} and {name}; "
+                    "download both again, with their index",
                 )
             tensors[info.name] = info
     problems.check()
@@ -120,13 +134,13 @@ def _find_shards(root: Path) -> tuple[dict[str, str], list[str]]:
     if not os.path.lexists(root / INDEX):
         return {}, []
     index = parse_object(
-        read_regular(root / INDEX, _JSON_CAP_NBYTES, CheckpointError), INDEX, CheckpointError
+        read_regular(root / INDEX, _INDEX_CAP_NBYTES, CheckpointError), INDEX, CheckpointError
     )
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f'{INDEX}: "weight_map" must be an object that names each tensor\'s shard, found '
-            f"{type_name(weight_map)}"
+            f"{type_name(weight_map) if weight_map != {} else 'an empty one'}; download it again"
         )
     problems = Problems()
     names = {shard for shard in weight_map.values() if isinstance(shard, str)}
@@ -135,8 +149,8 @@ def _find_shards(root: Path) -> tuple[dict[str, str], list[str]]:
         if not isinstance(shard, str) or shard not in safe:
             problems.add(
                 CheckpointError,
-                f'{INDEX}: weight_map["{show(tensor)}"] is {show(shard)!r}; expected the plain '
-                "name of a .safetensors file in the same folder",
+                f'{INDEX}: weight_map["{show(tensor)}"] is {show_value(shard)}; expected the '
+                "plain name of a .safetensors file in the same folder",
             )
     problems.check()
     strays = shards_in(root) - names
@@ -180,7 +194,8 @@ def _only_shard(root: Path) -> str:
     )
     found = f"only {show_some(others)}" if others else "no weights"
     raise CheckpointError(
-        f"{show(root)}: has no .safetensors files, {found}; moe-ckpt reads safetensors"
+        f"{show(root)}: has no .safetensors files, {found}; moe-ckpt reads safetensors, download "
+        "those"
     )
 
 
@@ -194,7 +209,9 @@ def _compare_with_index(weight_map: dict[str, str], tensors: dict[str, TensorInf
             )
         elif info.shard != shard:
             problems.add(
-                CheckpointError, f"{INDEX}: {show(name)}: is in {info.shard}, not in {shard}"
+                CheckpointError,
+                f"{INDEX}: {show(name)}: is in {info.shard}, not in {shard}; download the index "
+                "and both again",
             )
     problems.check()
     unlisted = [name for name in tensors if name not in weight_map]

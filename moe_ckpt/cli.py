@@ -21,6 +21,7 @@ from .errors import (
     MoeCkptError,
     UsageError,
     VerifyError,
+    printable,
     show,
 )
 
@@ -422,9 +423,13 @@ def _run(command: Callable[..., Any]) -> int:
         _ignore_signals()
         return _fail(error)
     except OSError as error:
-        with suppress(OSError):
-            sys.stdout.close()  # else the interpreter tries again to write what is left
-        return _fail(EnvironmentFaultError(f"standard output: {error.strerror}"))
+        if error.filename is None:
+            with suppress(OSError):
+                sys.stdout.close()  # else the interpreter tries again to write what is left
+        where = show(error.filename or "standard output")
+        return _fail(EnvironmentFaultError(f"{where}: {error.strerror}"))
+    except MemoryError:
+        return _fail(EnvironmentFaultError("memory ran out; free some and run again"))
     except Exception:  # noqa: BLE001  any other exception is a bug to report
         with tempfile.NamedTemporaryFile(
             "w", prefix="moe-ckpt-", suffix=".log", delete=False
@@ -437,7 +442,7 @@ def _run(command: Callable[..., Any]) -> int:
 def _fail(error: MoeCkptError) -> int:
     for problem in error.problems[:_SHOWN_PROBLEMS]:
         _error(problem)
-    rest = len(error.problems) - _SHOWN_PROBLEMS
+    rest = len(error.problems) + error.more - _SHOWN_PROBLEMS
     if rest > 0:
         _error(f"and {rest} more problems of this kind")
     return error.exit_code
@@ -460,7 +465,7 @@ def _say(lines: Iterable[str]) -> None:
     """Write to stderr if it can be written to: hours of work do not depend on it."""
     with suppress(OSError, ValueError):
         for line in lines:
-            click.echo(line, err=True)
+            click.echo(printable(line), err=True)
 
 
 def _say_notes(plan: Plan, quiet: bool) -> None:

@@ -15,7 +15,7 @@
     +-- InterruptedConversionError    130, 143 after SIGTERM, 129 after SIGHUP
 
 An error holds one line per problem. Checks that run before anything is written report every
-problem they find, so one run is enough to see them all.
+problem they find, so one run is enough to see them all; of thousands it holds the first.
 """
 
 from __future__ import annotations
@@ -37,22 +37,29 @@ __all__ = [
     "StatsError",
     "UsageError",
     "VerifyError",
+    "printable",
     "show",
 ]
 
 T = TypeVar("T")
 
 _SHOWN_LENGTH = 200
+_LINE_LENGTH = 1000
+_KEPT_PROBLEMS = 1000
 
 
 class MoeCkptError(Exception):
-    """Base of all errors raised on purpose; ``problems`` holds one line for each."""
+    """Base of all errors raised on purpose.
+
+    ``problems`` holds one line for each, safe to print; ``more`` counts those that it leaves out.
+    """
 
     exit_code = 1
+    more = 0
 
     def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems: tuple[str, ...] = problems
+        self.problems = tuple(_cut(printable(problem), _LINE_LENGTH) for problem in problems)
+        super().__init__("\n".join(self.problems))
 
 
 class UsageError(MoeCkptError):
@@ -131,15 +138,20 @@ class Problems:
 
     def __init__(self) -> None:
         self._found: list[tuple[type[InputError], str]] = []
+        self._more = 0
 
     def add(self, kind: type[InputError], problem: str) -> None:
         """Record one problem; it is raised by `check`."""
-        self._found.append((kind, problem))
+        if len(self._found) < _KEPT_PROBLEMS:
+            self._found.append((kind, problem))
+        else:
+            self._more += 1
 
     def absorb(self, error: InputError) -> None:
         """Record all problems of an error that another check raised."""
         for problem in error.problems:
-            self._found.append((type(error), problem))
+            self.add(type(error), problem)
+        self._more += error.more
 
     def catch(self, check: Callable[[], T]) -> T | None:
         """What a check returns; None if it raised, and then its problems are recorded."""
@@ -155,19 +167,29 @@ class Problems:
             return
         kinds = {kind for kind, _ in self._found}
         kind = kinds.pop() if len(kinds) == 1 else InputError
-        raise kind(*(problem for _, problem in self._found))
+        error = kind(*(problem for _, problem in self._found))
+        error.more = self._more
+        raise error
+
+
+def printable(text: str) -> str:
+    r"""Text with its control characters escaped, those of line breaks and directions too.
+
+    >>> printable("a\tb")
+    'a\\tb'
+    """
+    if text.isprintable():  # nearly all are, and there are many
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def show(name: object) -> str:
-    r"""A name from a file, safe to print: control characters escaped, at most 200 characters.
+    """A name from a file, safe to print: control characters escaped, at most 200 characters."""
+    return _cut(printable(str(name)[: _SHOWN_LENGTH + 1]), _SHOWN_LENGTH)
 
-    >>> show("a\tb")
-    'a\\tb'
-    """
-    text = str(name)
-    if not text.isprintable():  # nearly all are, and there are many
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= _SHOWN_LENGTH else text[: _SHOWN_LENGTH - 3] + "..."
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def show_some(names: Iterable[object], limit: int = 3) -> str:

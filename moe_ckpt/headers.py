@@ -11,17 +11,18 @@ import struct
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from .dtypes import BITS
 from .errors import CheckpointError, show
-from .regular import open_regular
-from .strict_json import parse_object, type_name
+from .regular import impostor, open_regular, read_failure
+from .strict_json import parse_object, show_value, type_name
 
 __all__ = ["Shard", "TensorInfo", "read_header"]
 
 HEADER_CAP_NBYTES = 100_000_000
 _SIZE_CAP = 2**63
+_DAMAGED = "the file is damaged, download it again"
 
 
 class TensorInfo(NamedTuple):
@@ -53,24 +54,24 @@ def read_header(path: Path) -> tuple[Shard, list[TensorInfo]]:
 
     Raises:
         CheckpointError: naming the file, and the tensor where one is at fault.
+        EnvironmentFaultError: the disk failed.
     """
     name = path.name
     if not os.path.lexists(path):
         raise CheckpointError(f"{show(name)}: shard is missing; download the checkpoint again")
     fd, status = open_regular(path, CheckpointError)
-    with os.fdopen(fd, "rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if length == 0 or length > HEADER_CAP_NBYTES or 8 + length > status.st_size:
-            raise CheckpointError(
-                f"{show(name)}: is not a safetensors file or was cut short: it has "
-                f"{status.st_size} bytes and its header claims {length}; download it again"
-            )
-        text = file.read(length)
-    header = parse_object(text, f"{show(name)}: header", CheckpointError)
+    try:
+        with os.fdopen(fd, "rb") as file:
+            text = _header_text(file, name, status.st_size)
+    except OSError as error:
+        raise read_failure(error, name, CheckpointError) from None
+    length = len(text)
+    header = parse_object(text, f"{show(name)}: header", CheckpointError, remedy=_DAMAGED)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(f"{show(name)}: header: __metadata__ must map text to text")
+        raise CheckpointError(
+            f"{show(name)}: header: __metadata__ must map text to text; {_DAMAGED}"
+        )
     data_nbytes = status.st_size - 8 - length
     entries = _Entries(name, 8 + length, data_nbytes)
     infos = [entries.tensor(key, entry) for key, entry in header.items()]
@@ -80,7 +81,7 @@ def read_header(path: Path) -> tuple[Shard, list[TensorInfo]]:
         if info.offset != position:
             raise CheckpointError(
                 f"{show(name)}: {show(info.name)}: starts at byte {info.offset}, expected "
-                f"{position}"
+                f"{position}, where the tensor before it ends; {_DAMAGED}"
             )
         position += info.nbytes
     if position != status.st_size:
@@ -89,6 +90,23 @@ def read_header(path: Path) -> tuple[Shard, list[TensorInfo]]:
             f"{position - 8 - length}; download it again"
         )
     return Shard(name, path, status.st_size, status.st_mtime_ns), infos
+
+
+def _header_text(file: BinaryIO, name: str, nbytes: int) -> bytes:
+    """The JSON of a header, from the start of a file of ``nbytes``."""
+    start = file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if length == 0 or length > HEADER_CAP_NBYTES or 8 + length > nbytes:
+        if what_it_is := impostor(start + file.read(64)):
+            raise CheckpointError(f"{show(name)}: {what_it_is}")
+        raise CheckpointError(
+            f"{show(name)}: is not a safetensors file or was cut short: it has {nbytes} bytes and "
+            f"its header claims {length}; download it again"
+        )
+    text = file.read(length)
+    if len(text) < length:
+        raise CheckpointError(f"{show(name)}: was cut short while it was read; run again")
+    return text
 
 
 class _Entries:
@@ -111,29 +129,33 @@ class _Entries:
             raise self._error(name, f"header entry is {type_name(entry)}, not an object")
         dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
         if not isinstance(dtype, str) or dtype not in BITS:
-            raise self._error(name, f"dtype {show(dtype)} is unknown")
+            raise self._error(name, f"dtype {show_value(dtype)} is unknown")
         sizes = _sizes(shape)
         if sizes is None:
-            raise self._error(name, f"shape {show(shape)} is not a list of sizes")
+            raise self._error(name, f"shape {show_value(shape)} is not a list of sizes")
         positions = _sizes(offsets)
         if positions is None or len(positions) != 2:
-            raise self._error(name, f"data_offsets {show(offsets)} are not two positions")
+            raise self._error(name, f"data_offsets {show_value(offsets)} are not two positions")
         known = self._known.get((dtype, sizes))
         start, end = positions
         if known is None or end - start != known[2]:
             bits = _bits_of(dtype, sizes, self._limit)
             if bits is None or bits % 8 or end - start != bits // 8:
-                needs = "more than the file has" if bits is None else f"{bits / 8:g}"
+                needs = (
+                    f"more than the {self._limit // 8} bytes of data in the file"
+                    if bits is None
+                    else f"{bits / 8:.15g} bytes"
+                )
                 raise self._error(
                     name,
-                    f"{dtype} {show(shape)} needs {needs} bytes, data_offsets give {end - start}",
+                    f"{dtype} {show_value(shape)} needs {needs}, data_offsets give {end - start}",
                 )
             known = self._known[dtype, sizes] = (dtype, sizes, bits // 8)
         dtype, sizes, nbytes = known
         return TensorInfo(name, dtype, sizes, self._shard, self._start + start, nbytes)
 
     def _error(self, name: str, problem: str) -> CheckpointError:
-        return CheckpointError(f"{show(self._shard)}: {show(name)}: {problem}")
+        return CheckpointError(f"{show(self._shard)}: {show(name)}: {problem}; {_DAMAGED}")
 
 
 def _bits_of(dtype: str, shape: tuple[int, ...], limit: int) -> int | None:

@@ -32,6 +32,7 @@ PRIVATE = ".moe-ckpt"  # everything that no loader should see
 JOURNAL = f"{PRIVATE}/journal.jsonl"
 SCHEMA, VERSION = "moe-ckpt/journal", 1
 _CAP_NBYTES = 100_000_000
+_REMEDY = "it cannot be told what here is moe-ckpt's: remove the folder or choose another"
 
 
 class Record(NamedTuple):
@@ -84,19 +85,17 @@ def read_journal(out_dir: Path) -> Journal | None:
     name = show(path)
     try:
         lines = read_regular(path, _CAP_NBYTES, InputError).split(b"\n")[:-1]
-        rows = [parse_object(line, name, InputError) for line in lines]
+        rows = [parse_object(line, name, InputError, remedy=_REMEDY) for line in lines]
         if not rows or (rows[0].get("schema"), rows[0].get("version")) != (SCHEMA, VERSION):
-            raise InputError(f"{name}: is not a journal of version {VERSION}")
+            raise InputError(f"{name}: is not a journal of version {VERSION}; {_REMEDY}")
         head = Head(**{key: rows[0][key] for key in Head.__slots__})
         records = [Record(**row) for row in rows[1:]]
         if any(map(_is_unsound, records)) or not _is_origin(head.origin):
-            raise InputError(f"{name}: a line has values of wrong types")
-    except (InputError, TypeError, KeyError) as error:
-        problem = str(error) if isinstance(error, InputError) else f"{name}: a line has other keys"
-        raise OutputRefusedError(
-            f"{problem}; it cannot be said what here is moe-ckpt's: remove the folder or choose "
-            "another"
-        ) from None
+            raise InputError(f"{name}: a line has values of wrong types; {_REMEDY}")
+    except InputError as error:
+        raise OutputRefusedError(*error.problems) from None
+    except (TypeError, KeyError):
+        raise OutputRefusedError(f"{name}: a line has other keys; {_REMEDY}") from None
     return Journal(head, {record.file: record for record in records})
 
 

@@ -15,6 +15,8 @@ from .pieces import cut
 from .plan import Job
 from .schedule import Batch, Budget
 
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
 __all__ = ["Magnitudes", "rows_of_piece"]
 
 
@@ -27,23 +29,27 @@ class Magnitudes:
         self._budget = budget
 
     def of_rows(
-        self, batch: Batch, pieces: Iterable[tuple[int, int]], whole: Any = None
+        self,
+        batch: Batch,
+        pieces: Iterable[tuple[int, int]],
+        whole: Any = None,
+        limit: float = _FLOAT32_MAX,
     ) -> NDArray[np.float32]:
         """Largest magnitude of each row that the pieces hold of the slabs, float32 [B, N].
 
         ``whole`` is the only piece, if it is at hand.
 
         Raises:
-            CheckpointError: a weight is NaN or infinite.
+            CheckpointError: a weight is NaN or infinite, or its magnitude exceeds ``limit``.
         """
         found = []
         for piece in pieces:
             stored = whole if whole is not None else self._loader.weights(batch, *piece)
             found.append(self._of_piece(batch.job, stored))
         amax_BN = _joined(batch.job, found)
-        finite = np.isfinite(amax_BN).all(1)
-        if not finite.all():
-            self._refuse(batch, batch.start + int(finite.argmin()))
+        held = (amax_BN <= limit).all(1)
+        if not held.all():
+            self._refuse(batch, batch.start + int(held.argmin()), limit)
         return amax_BN
 
     def _of_piece(self, job: Job, stored: Any) -> NDArray[np.float32]:
@@ -55,25 +61,27 @@ class Magnitudes:
         found = [self._engine.largest(chunk, axis) for chunk in chunks]
         return _joined(job, found)
 
-    def _refuse(self, batch: Batch, slab: int) -> None:
-        """Raise for the first weight of a slab that is not finite."""
+    def _refuse(self, batch: Batch, slab: int, limit: float) -> None:
+        """Raise for the first weight of a slab that is not finite, or larger than the limit."""
         job = batch.job
         one = Batch(job, slab, slab + 1)
         for start, stop in cut(one, self._budget):
             stored = self._loader.weights(one, start, stop)[0]
             values = self._engine.numbers(stored)
-            wrong = ~np.isfinite(values)
+            wrong = ~(np.abs(values) <= limit)
             if wrong.any():
                 row, column = np.argwhere(wrong)[0].tolist()
                 value = float(values[row, column])
                 member, row = _member_of(job, start + row)
                 found = job.slabs[slab]
+                why = "weights that are NaN or infinite cannot be quantized"
+                if np.isfinite(value):
+                    why = f"{job.format} has nothing above {limit:g}; choose another format"
                 raise CheckpointError(
                     f"{show(found.reads[member][0].shard)}: {show(found.labels[member])}: weight "
-                    f"is {value} at row {row}, column {column}; weights that are NaN or infinite "
-                    "cannot be quantized"
+                    f"is {value:g} at row {row}, column {column}; {why}"
                 )
-        raise AssertionError("amax was not finite, and every weight is")
+        raise AssertionError("amax was beyond the limit, and no weight is")
 
 
 def _joined(job: Job, found: list[NDArray[np.float32]]) -> NDArray[np.float32]:

@@ -136,10 +136,10 @@ def parse_size(size: str | int) -> int:
     (5000000000, 1572864, 1000)
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Z]*)", str(size).strip().upper())
-    nbytes = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
-    if nbytes < 1:
+    nbytes = float(match[1]) * _UNITS.get(match[2], 0) if match else 0.0
+    if not 1 <= nbytes < 2**63:
         raise UsageError(f"size {show(size)!r} is not a number of bytes such as 5GB or 512MiB")
-    return nbytes
+    return int(nbytes)
 
 
 def _check_choice(option: str, value: str | None, known: Sequence[str | None]) -> None:

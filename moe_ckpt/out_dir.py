@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -35,10 +36,18 @@ def check_out_dir(in_dir: Path, out_dir: Path, *, overwrite: bool = False) -> Jo
         raise OutputRefusedError(
             f"{show(out_dir)}: overlaps the input {show(in_dir)}; choose a folder outside it"
         )
-    if not os.path.lexists(out_dir):
+    try:
+        os.lstat(out_dir)
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            raise
+        raise OutputRefusedError(
+            f"{show(out_dir)}: {error.strerror}; choose another folder"
+        ) from None
     if not out_dir.is_dir():
-        raise OutputRefusedError(f"{show(out_dir)}: is not a folder; choose another place")
+        raise OutputRefusedError(f"{show(out_dir)}: is not a folder; choose another")
     journal = read_journal(out_dir)
     foreign = sorted(files_in(out_dir) - (journal.records.keys() if journal else set()))
     if foreign and not journal:
@@ -145,7 +154,9 @@ def _overlap(in_dir: Path, out_dir: Path) -> bool:
     """
     source, target = (Path(os.path.realpath(path)) for path in (in_dir, out_dir))
     # A hub cache keeps the files that its snapshots link to in a folder of this name.
-    targets = (Path(os.path.realpath(p)) for p in (source.iterdir() if source.is_dir() else ()))
+    targets = (
+        Path(os.path.realpath(p)) for p in (source.iterdir() if os.path.isdir(source) else ())
+    )
     linked = {target.parent for target in targets if target.parent.name == "blobs"}
 
     def inside(path: Path, folder: Path) -> bool:

@@ -83,7 +83,8 @@ class Worker:
         ``shared`` is what `amax` found, of slabs that share it with others.
 
         Raises:
-            CheckpointError: a weight is NaN or infinite, or scales contradict each other.
+            CheckpointError: a weight is NaN or infinite, or too large for the format, or scales
+                contradict each other.
         """
         for _ in self._in_parts(partial(self._convert, out=out, shared=shared), batch):
             pass
@@ -131,7 +132,7 @@ class Worker:
         whole = self._loader.weights(batch, *pieces[0]) if len(pieces) == 1 else None
         known = [shared if shared is not None else slab.amax for slab in batch.slabs]
         if None in known or target.amax_of_rows:
-            amax_BN = self._magnitudes.of_rows(batch, pieces, whole)
+            amax_BN = self._magnitudes.of_rows(batch, pieces, whole, target.limit)
             amax = amax_BN if target.amax_of_rows else amax_BN.max(1)
         else:
             amax = np.array(known, np.float32)

@@ -29,10 +29,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import translate
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError, Problems, RecipeError, UsageError, show, show_some
 from .formats import FORMATS, find_format
-from .regular import read_regular
+from .regular import impostor, read_regular
+from .strict_json import show_value
 
 __all__ = [
     "KEEP",
@@ -48,7 +50,10 @@ __all__ = [
 KEEP = "keep"
 RECIPE_FILE = "moe-ckpt-recipe.toml"  # in the output: what each module became
 QUANTIZE = ("experts", "linear")
-_CAP_NBYTES = 100_000_000
+_CAP_NBYTES = 20_000_000
+_STRINGS = re.compile(rb"\"[^\"\n]*\"|'[^'\n]*'|#[^\n]*")
+_SEPARATORS = re.compile(rb"[=,{}\[\]\n]")
+_KEY_PARTS = 64  # the time to read a key grows with their square
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +139,7 @@ def read_recipe(file: str | os.PathLike[str]) -> Recipe:
     path = Path(file)
     name = show(path.name)
     text = read_regular(path, _CAP_NBYTES, RecipeError)
-    try:
-        top = tomllib.loads(text.decode() if isinstance(text, bytes) else text)
-    except (ValueError, RecursionError) as error:  # ValueError: of numbers of 5,000 digits, too
-        raise RecipeError(f"{name}: is not TOML: {show(error)}") from None
+    top = _parse(text, name)
     entries = top.get("rule")
     problems = Problems()
     unknown = [key for key in top if key != "rule"]
@@ -159,6 +161,24 @@ def read_recipe(file: str | os.PathLike[str]) -> Recipe:
     return recipe
 
 
+def _parse(text: bytes, name: str) -> dict[str, Any]:
+    if what_it_is := impostor(text):
+        raise RecipeError(f"{name}: {what_it_is}")
+    code = _STRINGS.sub(b"", text)
+    if any(part.count(b".") >= _KEY_PARTS for part in _SEPARATORS.split(code)):
+        raise RecipeError(f"{name}: is not TOML of a recipe: a key has {_KEY_PARTS} parts or more")
+    try:
+        return tomllib.loads(text.decode())
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{name}: is not UTF-8 text, from byte {error.start} on") from None
+    except RecursionError:
+        raise RecipeError(f"{name}: is not TOML: it is nested too deeply") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{name}: is not TOML: {show(error)}") from None
+    except ValueError:  # Python refuses to read such an integer
+        raise RecipeError(f"{name}: is not TOML: a number has too many digits") from None
+
+
 def _rule(entry: object, where: str) -> Rule:
     if not isinstance(entry, dict) or set(entry) != {"match", "format"}:
         keys = show_some(entry) if isinstance(entry, dict) and entry else "something else"
@@ -172,7 +192,7 @@ def _rule(entry: object, where: str) -> Rule:
     known = [row.name for row in FORMATS]
     if wanted != KEEP and wanted not in known:
         raise RecipeError(
-            f"{where}: format {show(wanted)!r} is unknown; choose {', '.join(known)} or keep"
+            f"{where}: format {show_value(wanted)} is unknown; choose {', '.join(known)} or keep"
         )
     return Rule(tuple(patterns), str(wanted))
 

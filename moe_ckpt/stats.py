@@ -30,13 +30,14 @@ from typing import Any
 
 from .errors import Problems, StatsError, show, show_some
 from .regular import read_regular
-from .strict_json import parse_object, type_name
+from .strict_json import parse_object, show_value, type_name
 
 __all__ = ["Amax", "Stats", "read_stats"]
 
 SCHEMA = "moe-ckpt/stats"
 VERSION = 1
-_CAP_NBYTES = 1_000_000_000
+_CAP_NBYTES = 100_000_000
+_AGAIN = "calibrate again"
 _TOP_KEYS = {"schema", "version", "num_tokens", "modules"}
 _MODULE_KEYS = {"input_amax", "output_amax", "num_tokens"}
 _F32_MAX = 3.4028234663852886e38
@@ -93,17 +94,23 @@ def read_stats(files: Iterable[str | os.PathLike[str]]) -> Stats:
 def _read(path: Path) -> tuple[dict[str, Amax], dict[str, float], list[str]]:
     file = show(path.name)
     text = read_regular(path, _CAP_NBYTES, StatsError)
-    top = parse_object(text, file, StatsError, constants=True)  # refused below, with their path
+    # NaN and Infinity are refused below, with their path.
+    top = parse_object(text, file, StatsError, constants=True, remedy=_AGAIN)
     if top.get("schema") != SCHEMA:
-        raise StatsError(f'{file}: schema is {show(top.get("schema"))!r}, expected "{SCHEMA}"')
+        raise StatsError(
+            f'{file}: schema is {show_value(top.get("schema"))}, expected "{SCHEMA}"; give a file '
+            "of activation statistics"
+        )
     if top.get("version") != VERSION or isinstance(top.get("version"), bool):
         raise StatsError(
-            f"{file}: version is {show(top.get('version'))}, this moe-ckpt reads {VERSION}"
+            f"{file}: version is {show_value(top.get('version'))}, this moe-ckpt reads {VERSION}; "
+            f"{_AGAIN}"
         )
     modules = top.get("modules")
     if not isinstance(modules, dict) or not modules:
         raise StatsError(
-            f"{file}: modules must be an object that names modules, found {type_name(modules)}"
+            f"{file}: modules must be an object that names modules, found {type_name(modules)}; "
+            f"{_AGAIN}"
             if modules != {}
             else f"{file}: modules is empty; calibrate the model again"
         )
@@ -114,12 +121,14 @@ def _read(path: Path) -> tuple[dict[str, Amax], dict[str, float], list[str]]:
     for name, entry in modules.items():
         where = f'{file}: modules["{show(name)}"]'
         if not isinstance(entry, dict):
-            problems.add(StatsError, f"{where}: must be an object, found {type_name(entry)}")
+            what = f"{where}: must be an object, found {type_name(entry)}; {_AGAIN}"
+            problems.add(StatsError, what)
             continue
         unknown += [key for key in entry if key not in _MODULE_KEYS and key not in unknown]
         tokens = entry.get("num_tokens", 0)
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
-            problems.add(StatsError, f"{where}.num_tokens: must be a count, found {show(tokens)}")
+            what = f"{where}.num_tokens: must be a count, found {show_value(tokens)}; {_AGAIN}"
+            problems.add(StatsError, what)
         try:
             if entry.get("output_amax") is not None:
                 outputs[name] = _number(entry["output_amax"], f"{where}.output_amax") or 0.0
@@ -145,12 +154,10 @@ def _number(value: Any, where: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise StatsError(f"{where}: must be a number, found {type_name(value)}; calibrate again")
+        raise StatsError(f"{where}: must be a number, found {type_name(value)}; {_AGAIN}")
     if not 0 <= value <= _F32_MAX:  # false for NaN, and exact for integers of any size
         shown = "NaN" if value != value else show(value) if value < 1e300 else "too large"
-        raise StatsError(
-            f"{where}: is {shown}; expected a finite magnitude, at least 0; calibrate again"
-        )
+        raise StatsError(f"{where}: is {shown}; expected a finite magnitude, at least 0; {_AGAIN}")
     as_float32: float = struct.unpack("f", struct.pack("f", value))[0]
     return as_float32 or None
 

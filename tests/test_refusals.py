@@ -416,9 +416,9 @@ def test_an_adapter_without_its_model_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "quant_method 'gptq' cannot be read"),
-        ({"quant_method": "awq"}, "quant_method 'awq' cannot be read"),
-        ({"bits": 4}, "quant_method '' cannot be read"),
+        ({"quant_method": "gptq", "bits": 4}, 'quant_method "gptq" cannot be read'),
+        ({"quant_method": "awq"}, 'quant_method "awq" cannot be read'),
+        ({"bits": 4}, "quant_method null cannot be read"),
         ({"quant_method": "fp8", "weight_block_size": [64, 64]}, "weight_block_size is [64, 64]"),
     ],
 )

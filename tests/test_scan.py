@@ -96,11 +96,11 @@ def test_a_file_of_another_checkpoint_is_refused(tmp_path, model, amax):
         ({"version": 2}, "is not weight amax of version 1"),
         ({"modules": []}, "modules must be an object"),
         ({"modules": {"m": -1}}, 'modules."m".: is -1'),
-        ({"modules": {"m": True}}, "is True"),
+        ({"modules": {"m": True}}, "is true"),
         ({"modules": {"m": 1e300}}, "expected a float32"),
         ({"modules": {"m": 10**400}}, "expected a float32"),
         ({"modules": {"m": 0.1}}, "expected a float32"),
-        ({"modules": {"m": None}}, "is None"),
+        ({"modules": {"m": None}}, "is null"),
     ],
 )
 def test_a_damaged_file_is_refused(model, amax, change, words):

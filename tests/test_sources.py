@@ -972,13 +972,13 @@ def test_what_is_beside_no_weight_is_refused(tmp_path, ending):
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "quark", "auto-round", None, 3])
 def test_other_methods_are_refused(tmp_path, method):
     tensors, _ = make(tmp_path / "x", "fp8-block-F32", beside=False)
-    refused(tmp_path, tensors, {"quant_method": method}, str(method), "quantization_config")
+    refused(tmp_path, tensors, {"quant_method": method}, json.dumps(method), "quantization_config")
 
 
 def test_what_a_part_of_the_config_says_counts(tmp_path):
     tensors, _ = make(tmp_path / "x", "fp8-block-F32", beside=False)
     text = {"quantization_config": {"quant_method": "awq"}}
-    words = ["config.json: text_config.quantization_config: quant_method 'awq'"]
+    words = ['config.json: text_config.quantization_config: quant_method "awq"']
     refused(tmp_path, tensors, None, *words, text_config=text)
 
 

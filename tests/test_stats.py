@@ -234,7 +234,7 @@ def test_bad_values_are_refused_with_their_path(tmp_path, model, amax, where, wh
             'modules["a"].num_tokens',
         ),
         ("[" * 100_000, "nested"),
-        ("\xff", "JSON"),
+        ("\xff", "not UTF-8"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, model, text, what):

@@ -77,6 +77,8 @@ class QuantFormat:
     ``largest``: what a scale of 1 can hold, where a scale belongs to a whole matrix or row: it is
     amax / largest. 0 where scales belong to blocks only.
     ``amax_of_rows``: that scale belongs to a row.
+    ``limit``: the largest magnitude of a weight that surely decodes to a finite number; codes that
+    are rounded up stand for more than the weight.
     """
 
     name: str
@@ -92,6 +94,7 @@ class QuantFormat:
     shares_dense_amax: bool = False
     largest: float = 0.0
     amax_of_rows: bool = False
+    limit: float = 3.4028234663852886e38
 
     def bits_per_weight(self) -> float:
         """Bits stored for one weight, what is stored once for a row or a matrix not counted."""
@@ -138,6 +141,7 @@ _NVFP4_PARTS = (
     Part("global_scale", "F32", 0),
 )
 _INPUT_SCALE = Part("input_scale", "F32", 0)
+_LIMIT = 2.0**127
 
 
 def _int4(group: int) -> QuantFormat:
@@ -149,6 +153,7 @@ def _int4(group: int) -> QuantFormat:
         weight_bits=4,
         k_multiple=group,
         parts=(Part("qweight", "I32", 8), Part("block_scale", "BF16", group)),
+        limit=_LIMIT,
     )
 
 
@@ -185,6 +190,7 @@ FORMATS: tuple[QuantFormat, ...] = (
         weight_bits=4,
         k_multiple=32,
         parts=(Part("qweight", "U8", 2), Part("block_scale", "U8", 32)),
+        limit=_LIMIT,
     ),
     _int4(128),
     _int4(64),
@@ -229,6 +235,7 @@ FORMATS: tuple[QuantFormat, ...] = (
         weight_bits=8,
         k_multiple=32,
         parts=(Part("qweight", "F8_E4M3", 1), Part("block_scale", "U8", 32)),
+        limit=_LIMIT,
     ),
     QuantFormat(
         name="int8-channel",
@@ -240,6 +247,7 @@ FORMATS: tuple[QuantFormat, ...] = (
         parts=(Part("qweight", "I8", 1), Part("channel_scale", "F32", WHOLE_ROW)),
         largest=127.5,
         amax_of_rows=True,
+        limit=_LIMIT,
     ),
     QuantFormat(
         name="bf16",

@@ -12,7 +12,7 @@ from ..headers import TensorInfo
 from .experts import Experts
 from .family import LAYOUTS, SPLIT, Family, Form
 from .fit import form_of
-from .sizes import Sizes, listed
+from .sizes import Sizes
 
 __all__ = ["Container"]
 
@@ -167,8 +167,8 @@ class Container:
         ):
             if value not in known:
                 raise LayoutError(
-                    f"{show(self.source)}: {shapes} has {value} {what}, config.json says "
-                    f"{listed(known)}"
+                    f"{show(self.source)}: {shapes} has {value} {what}, {sizes.said(known)}; "
+                    "take weights and config.json from one release"
                 )
         return Experts(
             layer=self.layer,

@@ -18,6 +18,7 @@ from ..dtypes import FLOATS
 from ..errors import LayoutError, Problems, show, show_some
 from ..headers import TensorInfo
 from ..modules import set_aside
+from ..strict_json import show_value
 from .container import Container
 from .experts import Experts
 from .family import Family, Form
@@ -26,7 +27,7 @@ from .layers import check_layers, refuse_disagreement, stack_of
 from .names import refuse_unrestorable, restore_names
 from .packed import name_of_packing
 from .sizes import Sizes, model_type_of, num_hidden_layers, sizes_of
-from .table import FAMILIES, UNSUPPORTED, find_family
+from .table import UNSUPPORTED, find_family
 
 __all__ = ["Detection", "detect"]
 
@@ -139,11 +140,11 @@ def _family_of(
         return family_of_unknown(model_type, tensors, given)
     seen = [f"{name} {list(info.shape)}" for name, info in tensors.items() if _is_expert(info)]
     evidence = f"found {show_some(seen)}" if seen else "no tensor looks like experts either"
-    known = ", ".join(sorted(t for f in FAMILIES for t in f.model_types))
     raise LayoutError(
-        f"config.json: model_type {show(model_type)!r} is not in the table of families, and names "
-        f"and shapes alone do not tell how experts are stored ({evidence}). If you know, say "
-        f"--layout and --gate-up-order; `moe-ckpt layouts` explains them. Known: {known}"
+        f"config.json: model_type {show_value(config.get('model_type'))} is not in the table of "
+        f"families, and names and shapes alone do not tell how experts are stored ({evidence}). If "
+        "you know, say --layout and --gate-up-order; `moe-ckpt layouts` explains them and lists "
+        "the model types"
     )
 
 

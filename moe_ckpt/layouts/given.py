@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import LayoutError, show, show_some
+from ..strict_json import show_value
 from .experts import Experts
 from .family import CONCAT, LAYOUTS, ORDERS, SPLIT, Family, Form
 
@@ -96,12 +97,12 @@ def family_of_unknown(model_type: str, names: Iterable[str], given: Given) -> Fa
     if given.layout not in _LEAVES:
         raise LayoutError(
             f"--layout {given.layout}: is known only for families in the table, and model_type "
-            f"{show(model_type)!r} is not in it"
+            f"{show_value(model_type)} is not in it"
         )
     joins = LAYOUTS[given.layout].joins_gate_up
     if joins and given.order is None:
         raise LayoutError(
-            f"model_type {show(model_type)!r} is not in the table of families: with --layout "
+            f"model_type {show_value(model_type)} is not in the table of families: with --layout "
             f"{given.layout}, say also --gate-up-order {' or '.join(ORDERS)}"
         )
     if given.order and not joins:
@@ -124,7 +125,7 @@ def family_of_unknown(model_type: str, names: Iterable[str], given: Given) -> Fa
     if len(found) != 1:
         known = " or ".join("/".join(leaves) for leaves in _LEAVES[given.layout])
         raise LayoutError(
-            f"model_type {show(model_type)!r} is not in the table of families, and --layout "
+            f"model_type {show_value(model_type)} is not in the table of families, and --layout "
             f"{given.layout} does not tell which tensors are experts: "
             + (f"both {show_some(found.values())} may be" if found else f"none is called {known}")
         )
@@ -150,5 +151,5 @@ def _not_true(config: Mapping[str, Any], key: str) -> str:
     text = config.get("text_config")
     for path, level in (("", config), ("text_config.", text if isinstance(text, dict) else {})):
         if key in level and level[key] is not True:
-            return f"{path}{key} is {show(level[key])}"
+            return f"{path}{key} is {show_value(level[key])}"
     return ""

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+from ..errors import LayoutError
+from ..strict_json import show_value
+
 __all__ = ["Sizes", "listed", "model_type_of", "num_hidden_layers", "sizes_of"]
+
+_SIZE_CAP = 2**31
+_LIST_CAP = 10_000
+_SHOWN = 6
 
 # The key for one thing varies by family, and transformers 5 re-saves it under another name
 # (qwen3_moe: num_experts becomes num_local_experts), so every known key counts.
@@ -29,7 +37,8 @@ class Sizes:
     """Values a config names, each with the key that names it.
 
     ``counts`` and ``widths`` are the experts and I of each group of a layer, in the order of the
-    config's lists; one number where it is not a list.
+    config's lists; one number where it is not a list. ``unusable`` says what keys hold that is no
+    size.
     """
 
     experts: Mapping[int, str]
@@ -38,6 +47,12 @@ class Sizes:
     counts: tuple[int, ...]
     widths: tuple[int, ...]
     contradictions: tuple[str, ...]
+    unusable: tuple[str, ...]
+
+    def said(self, known: Mapping[int, str]) -> str:
+        """What the config says of one thing, for the end of a message."""
+        unusable = f"; {', '.join(self.unusable[:_SHOWN])}, which is no size"
+        return f"config.json says {listed(known)}" + (unusable if self.unusable else "")
 
 
 def listed(known: Mapping[int, str]) -> str:
@@ -46,7 +61,9 @@ def listed(known: Mapping[int, str]) -> str:
     >>> listed({8: "num_experts", 9: "text_config.num_experts"}), listed({})
     ('num_experts=8, text_config.num_experts=9', 'nothing')
     """
-    return ", ".join(f"{key}={number}" for number, key in known.items()) or "nothing"
+    first = [f"{key}={number}" for number, key in islice(known.items(), _SHOWN)]
+    rest = [f"{len(known) - _SHOWN} more"] if len(known) > _SHOWN else []
+    return ", ".join(first + rest) or "nothing"
 
 
 def sizes_of(config: Mapping[str, Any]) -> Sizes:
@@ -56,7 +73,7 @@ def sizes_of(config: Mapping[str, Any]) -> Sizes:
         _values(levels, keys) for keys in (EXPERTS_KEYS, INTERMEDIATE_KEYS, DENSE_KEYS, HIDDEN_KEYS)
     )
     counts = {
-        path + key: str(level[key])
+        path + key: show_value(level[key])
         for path, level in levels
         for key in EXPERTS_KEYS
         if _integers(level.get(key))
@@ -72,6 +89,12 @@ def sizes_of(config: Mapping[str, Any]) -> Sizes:
         _first(levels, EXPERTS_KEYS),
         _first(levels, INTERMEDIATE_KEYS),
         tuple(contradictions),
+        tuple(
+            f"config.json: {path}{key} is {show_value(level[key])}"
+            for path, level in levels
+            for key in (*EXPERTS_KEYS, *INTERMEDIATE_KEYS, *DENSE_KEYS, *HIDDEN_KEYS)
+            if level.get(key) is not None and not _integers(level[key])
+        ),
     )
 
 
@@ -96,13 +119,22 @@ def model_type_of(config: Mapping[str, Any]) -> str:
 
 
 def num_hidden_layers(config: Mapping[str, Any]) -> int | None:
-    """Layers of the model with the experts, not counting those for multi-token prediction."""
-    levels = [level for _, level in _levels(config, "")]
-    with_experts = [level for level in levels if any(level.get(key) for key in EXPERTS_KEYS)]
+    """Layers of the model with the experts, not counting those for multi-token prediction.
+
+    Raises:
+        LayoutError: the config says something that is no number of layers.
+    """
+    levels = list(_levels(config, ""))
+    with_experts = [pair for pair in levels if any(pair[1].get(key) for key in EXPERTS_KEYS)]
+    unusable = []
     for key in LAYERS_KEYS:
-        for level in (*with_experts, *levels):
+        for path, level in (*with_experts, *levels):
             if found := _integers(level.get(key)):
                 return found[0]
+            if level.get(key) is not None:
+                unusable.append(f"config.json: {path}{key} is {show_value(level[key])}")
+    if unusable:
+        raise LayoutError(f"{unusable[0]}; expected a number of layers")
     return None
 
 
@@ -115,4 +147,6 @@ def _levels(config: Mapping[str, Any], path: str) -> Iterator[tuple[str, Mapping
 
 def _integers(value: Any) -> list[int]:
     values = value if isinstance(value, list) else [value]
-    return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0]
+    if len(values) > _LIST_CAP:
+        return []
+    return [v for v in values if type(v) is int and 0 < v < _SIZE_CAP]
