@@ -1,100 +1,23 @@
-"""The command line: parse, call, print. Documents go to stdout, messages to stderr."""
+"""The command line: parse, call, print."""
 
 from __future__ import annotations
 
-import json
-import signal
-import sys
-import tempfile
-import traceback
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
 from . import __version__
-from .errors import (
-    EnvironmentFaultError,
-    InterruptedConversionError,
-    MoeCkptError,
-    UsageError,
-    VerifyError,
-    printable,
-    show,
-)
+from .cli_options import experts_options, in_argument, json_option, limit_options, named
+from .errors import UsageError, VerifyError, show
+from .process import ignore_signals
+from .terminal import print_json, say, say_notes
 
 if TYPE_CHECKING:
     from typing import Unpack
 
     from .options import PlanOptions
-    from .plan import Plan
 
-_SHOWN_PROBLEMS = 20
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def _named(_context: click.Context, _parameter: click.Parameter, value: Any) -> Any:
-    """Refuse an empty path: it would mean the current folder, and is a variable that is not set."""
-    if value == "" or (isinstance(value, tuple) and "" in value):
-        raise click.BadParameter("is empty")
-    return value
-
-
-_in_dir = click.argument("in_dir", metavar="IN", callback=_named)
-
-
-def _experts_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What a command is told of the experts, stored and written."""
-    for option in (
-        click.option(
-            "--gate-up-order",
-            metavar="ORDER",
-            help="concat or interleaved: how gate and up lie in one tensor, the same.",
-        ),
-        click.option(
-            "--layout",
-            metavar="NAME",
-            help="How IN stores experts, where headers and model type leave it open; see layouts.",
-        ),
-        click.option(
-            "--experts",
-            default="auto",
-            show_default=True,
-            help="split: a matrix for each; fused: as ModelOpt fuses Llama 4 and gpt-oss; "
-            "auto: what most runtimes read.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Where to compute and with how much; nothing of it changes a byte."""
-    for option in (
-        click.option(
-            "--device-memory",
-            default="2GiB",
-            show_default=True,
-            help="All buffers on the GPU together.",
-        ),
-        click.option(
-            "--memory",
-            default="256MiB",
-            show_default=True,
-            help="All buffers together, beside the program itself.",
-        ),
-        click.option("--workers", type=int, help="Threads; if not given one per core, 16 at most."),
-        click.option(
-            "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+__all__ = ["cli"]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -104,13 +27,13 @@ def cli() -> None:
 
 
 @cli.command()
-@_in_dir
-@click.argument("out_dir", metavar="OUT", callback=_named)
+@in_argument
+@click.argument("out_dir", metavar="OUT", callback=named)
 @click.option(
     "--stats",
     multiple=True,
     metavar="FILE",
-    callback=_named,
+    callback=named,
     help="Activation statistics; may be given more than once, the maximum counts.",
 )
 @click.option(
@@ -126,7 +49,7 @@ def cli() -> None:
 @click.option(
     "--recipe",
     metavar="FILE",
-    callback=_named,
+    callback=named,
     help="TOML that says which modules become which format, instead of the two above.",
 )
 @click.option(
@@ -143,7 +66,7 @@ def cli() -> None:
 @click.option(
     "--weight-amax",
     metavar="FILE",
-    callback=_named,
+    callback=named,
     help="What `moe-ckpt scan` found in IN; saves a pass over it.",
 )
 @click.option(
@@ -151,8 +74,8 @@ def cli() -> None:
     is_flag=True,
     help="Round 4-bit weights a second time, to another 4-bit format.",
 )
-@_experts_options
-@_limit_options
+@experts_options
+@limit_options
 @click.option(
     "--max-shard-size", default="5GB", show_default=True, help="Tensors in one output file."
 )
@@ -177,7 +100,7 @@ def cli() -> None:
     "--no-verify", is_flag=True, help="Do not check the result before its configuration is written."
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
-@_json_option
+@json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Print the plan before converting.")
 def convert(
@@ -214,20 +137,20 @@ def convert(
     check_out_dir(Path(in_dir), Path(out_dir), overwrite=overwrite)
     plan = make_plan(in_dir, **options)
     if not quiet and (verbose or dry_run):
-        _say(plan_lines(plan, limits))
-    _say_notes(plan, quiet)
+        say(plan_lines(plan, limits))
+    say_notes(plan, quiet)
     if dry_run:
         check_resumable(plan, Path(out_dir), overwrite=overwrite)
         if as_json:
-            _print_json(plan_document(plan, limits))
+            print_json(plan_document(plan, limits))
         return
     from .conversion import execute
     from .engines import backend_for
 
     backend = backend_for(device)
     if backend.note and not quiet:
-        _say([f"note: {backend.note}"])
-    with Progress(plan, _say, quiet=quiet) as report:
+        say([f"note: {backend.note}"])
+    with Progress(plan, say, quiet=quiet) as report:
         result = execute(
             plan,
             out_dir,
@@ -238,22 +161,22 @@ def convert(
             hash_source=hash_source,
             verify=not no_verify,
             progress=report,
-            say=(lambda _line: None) if quiet else (lambda line: _say([line])),
+            say=(lambda _line: None) if quiet else (lambda line: say([line])),
         )
-        _ignore_signals()  # the output is complete: say so, whatever comes now
+        ignore_signals()  # the output is complete: say so, whatever comes now
     if not quiet:
-        _say(result_lines(result))
+        say(result_lines(result))
     if as_json:
         done = {"out_dir": str(result.out_dir), "device": result.device, "seconds": result.seconds}
         done |= {"resumed_shards": result.resumed, "was_complete": result.was_complete}
         done["verified"] = dict(result.verified)
-        _print_json(plan_document(plan, limits) | {"result": done})
+        print_json(plan_document(plan, limits) | {"result": done})
 
 
 @cli.command()
-@_in_dir
-@_experts_options
-@_json_option
+@in_argument
+@experts_options
+@json_option
 def inspect(in_dir: str, as_json: bool, **options: Unpack[PlanOptions]) -> None:
     """Show what is in the checkpoint folder IN, and what a default conversion would do."""
     from .planner import make_plan
@@ -262,20 +185,20 @@ def inspect(in_dir: str, as_json: bool, **options: Unpack[PlanOptions]) -> None:
     options["allow_requantize"] = True  # to look at a file is no decision
     plan = make_plan(in_dir, **options)
     if as_json:
-        _print_json(plan_document(plan))
+        print_json(plan_document(plan))
     else:
-        _say(plan_lines(plan))
-    _say_notes(plan, quiet=as_json)
+        say(plan_lines(plan))
+    say_notes(plan, quiet=as_json)
 
 
 @cli.command()
-@_in_dir
+@in_argument
 @click.option(
-    "-o", "--output", "out_file", required=True, metavar="FILE", callback=_named, help="To write."
+    "-o", "--output", "out_file", required=True, metavar="FILE", callback=named, help="To write."
 )
 @click.option("--layout", metavar="NAME", help="See convert.")
 @click.option("--gate-up-order", metavar="ORDER", help="See convert.")
-@_limit_options
+@limit_options
 @click.option("--overwrite", is_flag=True, help="Replace FILE.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
 def scan(
@@ -305,15 +228,15 @@ def scan(
         overwrite=overwrite,
     )
     if not quiet:
-        _say([f"amax of {count:,} modules written to {out_file}"])
+        say([f"amax of {count:,} modules written to {out_file}"])
 
 
 @cli.command()
-@click.argument("out_dir", metavar="OUT", callback=_named)
+@click.argument("out_dir", metavar="OUT", callback=named)
 @click.option(
     "--source",
     metavar="IN",
-    callback=_named,
+    callback=named,
     help="The checkpoint that OUT was made from, to compare with.",
 )
 @click.option(
@@ -323,8 +246,8 @@ def scan(
     help="Quantized weights to compare with IN, 64 if not given, evenly spread.",
 )
 @click.option("--all", "compare_all", is_flag=True, help="Compare all of them.")
-@_limit_options
-@_json_option
+@limit_options
+@json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print only what is wrong.")
 def verify(
     out_dir: str,
@@ -359,120 +282,36 @@ def verify(
         backend=backend_for(device) if source is not None else None,
         limits=Limits(workers, memory, device_memory),
     )
-    _say(lines(findings, quiet=quiet))
+    say(lines(findings, quiet=quiet))
     if as_json:
-        _print_json(document(findings))
+        print_json(document(findings))
     if findings.is_clean and not quiet:
-        _say([f"{show(out_dir)}: {outcome(findings)}"])
+        say([f"{show(out_dir)}: {outcome(findings)}"])
     if not findings.is_clean:
         raise VerifyError(f"{show(out_dir)}: {outcome(findings)}")
 
 
 @cli.command()
-@_json_option
+@json_option
 def formats(as_json: bool) -> None:
     """List number formats: their size, what they need, how they are spelled, who reads them."""
     from .catalogue import formats_document, formats_lines
 
     if as_json:
-        _print_json(formats_document())
+        print_json(formats_document())
     else:
         for line in formats_lines():
             click.echo(line)
 
 
 @cli.command()
-@_json_option
+@json_option
 def layouts(as_json: bool) -> None:
     """List how families of models store experts, and which runtimes read what is written."""
     from .catalogue import layouts_document, layouts_lines
 
     if as_json:
-        _print_json(layouts_document())
+        print_json(layouts_document())
     else:
         for line in layouts_lines():
             click.echo(line)
-
-
-def main() -> NoReturn:
-    """Run the command line and exit with the code that the error tree documents."""
-    # numba imports it to look for a BLAS that no kernel uses, which takes longer than all of ours.
-    sys.modules.setdefault("scipy", None)  # type: ignore[arg-type]
-    for number in _SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup wants hangups ignored
-            signal.signal(number, _terminate)
-    code = _run(cli)
-    _ignore_signals()
-    sys.exit(code)
-
-
-def _run(command: Callable[..., Any]) -> int:
-    try:
-        command(standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return 0
-    except click.exceptions.Exit as leave:
-        return leave.exit_code
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (KeyboardInterrupt, click.Abort):
-        return _fail(InterruptedConversionError())
-    except MoeCkptError as error:
-        _ignore_signals()
-        return _fail(error)
-    except OSError as error:
-        if error.filename is None:
-            with suppress(OSError):
-                sys.stdout.close()  # else the interpreter tries again to write what is left
-        where = show(error.filename or "standard output")
-        return _fail(EnvironmentFaultError(f"{where}: {error.strerror}"))
-    except MemoryError:
-        return _fail(EnvironmentFaultError("memory ran out; free some and run again"))
-    except Exception:  # noqa: BLE001  any other exception is a bug to report
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="moe-ckpt-", suffix=".log", delete=False
-        ) as log:
-            log.write(traceback.format_exc())
-        _error(f"this is a bug in moe-ckpt; please report it with the log {log.name}")
-        return 1
-
-
-def _fail(error: MoeCkptError) -> int:
-    for problem in error.problems[:_SHOWN_PROBLEMS]:
-        _error(problem)
-    rest = len(error.problems) + error.more - _SHOWN_PROBLEMS
-    if rest > 0:
-        _error(f"and {rest} more problems of this kind")
-    return error.exit_code
-
-
-def _terminate(signum: int, _frame: FrameType | None) -> NoReturn:
-    raise InterruptedConversionError(128 + signum)
-
-
-def _ignore_signals() -> None:
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _error(message: str) -> None:
-    _say([f"moe-ckpt: error: {message}"])
-
-
-def _say(lines: Iterable[str]) -> None:
-    """Write to stderr if it can be written to: hours of work do not depend on it."""
-    with suppress(OSError, ValueError):
-        for line in lines:
-            click.echo(printable(line), err=True)
-
-
-def _say_notes(plan: Plan, quiet: bool) -> None:
-    if not quiet:
-        _say(f"moe-ckpt: note: {note}" for note in plan.notes)
-    _say(f"moe-ckpt: warning: {warning}" for warning in plan.warnings)
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    click.echo(json.dumps(document, indent=2))

@@ -215,7 +215,7 @@ def test_the_same_files_from_quantized_sources(tmp_path, source, target):
 
 WITHOUT_NUMBA = (
     "import sys; sys.modules['numba'] = None; sys.argv[0] = 'moe-ckpt';"
-    "from moe_ckpt.cli import main; main()"
+    "from moe_ckpt.process import main; main()"
 )
 
 

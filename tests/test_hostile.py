@@ -22,7 +22,8 @@ import pytest
 from conftest import run_cli
 from hostile import CONFIG, INDEX, S2, SHARD_OF, Case, json_bytes, make, packed
 
-from moe_ckpt.cli import _run, cli
+from moe_ckpt.cli import cli
+from moe_ckpt.process import run
 
 CASES = [
     *hostile_shards.SHARD_CASES,
@@ -91,7 +92,7 @@ def test_bad_input(tmp_path, capfd, case: Case):
         done = run_cli(*args)
         code, out, err = done.returncode, done.stdout, done.stderr
     else:
-        code = _run(partial(cli, args))
+        code = run(partial(cli, args))
         out, err = capfd.readouterr()
 
     lines = err.removesuffix("\n").split("\n")
@@ -130,7 +131,7 @@ def open_folder():
         make(Path(name))
         # All modules are imported before the right to read them is gone.
         args = ("convert", f"{name}/in", f"{name}/first", "--stats", f"{name}/stats.json", "-q")
-        assert _run(partial(cli, args)) == 0
+        assert run(partial(cli, args)) == 0
         shutil.rmtree(f"{name}/first")
         yield Path(name)
 
@@ -158,7 +159,7 @@ def test_without_permission(open_folder, capfd, name, mode, says):
     args = ("convert", f"{open_folder}/in", f"{open_folder}/out")
     try:
         with as_nobody():
-            code = _run(partial(cli, [*args, "--stats", f"{open_folder}/stats.json"]))
+            code = run(partial(cli, [*args, "--stats", f"{open_folder}/stats.json"]))
     finally:
         (open_folder / name).chmod(usual)
     out, err = capfd.readouterr()
@@ -174,7 +175,7 @@ def test_without_permission(open_folder, capfd, name, mode, says):
 # Run with an address space that only a text parsed within bounds leaves room in.
 BOUNDED = """
 import resource, sys
-from moe_ckpt.cli import main
+from moe_ckpt.process import main
 resource.setrlimit(resource.RLIMIT_DATA, ({limit}, {limit}))
 sys.argv[0] = "moe-ckpt"
 main()
@@ -238,7 +239,7 @@ def test_many_problems_are_counted(tmp_path, capfd):
     make(tmp_path)
     weight_map = {f"tensor {n}": f"model-{n:07d}.safetensors" for n in range(50_000)}
     (tmp_path / "in" / INDEX).write_bytes(json_bytes({"weight_map": weight_map}))
-    assert _run(partial(cli, ["convert", f"{tmp_path}/in", f"{tmp_path}/out"])) == 3
+    assert run(partial(cli, ["convert", f"{tmp_path}/in", f"{tmp_path}/out"])) == 3
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 21
     assert lines[0] == (

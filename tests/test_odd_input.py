@@ -16,8 +16,9 @@ from hostile import CONFIG, DOWN, GATE_UP, INDEX, S1, S2, SHARD_OF, make, packed
 from safetensors.torch import load_file, save_file
 
 import moe_ckpt
-from moe_ckpt.cli import _run, cli
+from moe_ckpt.cli import cli
 from moe_ckpt.formats import find_format
+from moe_ckpt.process import run
 
 ODD_NAMES = [
     *("../../etc/passwd", "/etc/passwd", "..", ".", "", " ", "a b", "%s%n%d", "{0}{name}", "$(id)"),
@@ -51,7 +52,7 @@ BITS = {"F32": 32, "BF16": 16, "I64": 64, "BOOL": 8, "C64": 64, "U8": 8, "F4": 4
 
 def convert(folder: Path, *args: str) -> Path:
     """Convert in/ with the command, in this process."""
-    assert _run(partial(cli, ["convert", f"{folder}/in", f"{folder}/out", "-q", *args])) == 0
+    assert run(partial(cli, ["convert", f"{folder}/in", f"{folder}/out", "-q", *args])) == 0
     return folder / "out"
 
 

@@ -300,7 +300,7 @@ def run_cli_limited(source, out, limit, value):
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         f"resource.setrlimit({limit}, ({value}, {value}));"
-        "sys.argv[0] = 'moe-ckpt'; from moe_ckpt.cli import main; main()"
+        "sys.argv[0] = 'moe-ckpt'; from moe_ckpt.process import main; main()"
     )
     return subprocess.run(
         [sys.executable, "-c", code, "convert", str(source), str(out)],

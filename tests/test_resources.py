@@ -18,7 +18,7 @@ MIB = 1 << 20
 # A child inherits the peak that getrusage tells; that of its own memory is in /proc.
 RUN = """
 import json, re, resource, sys
-from moe_ckpt.cli import main
+from moe_ckpt.process import main
 sys.argv[0] = "moe-ckpt"
 try:
     main()
@@ -27,7 +27,7 @@ finally:
     used = resource.getrusage(resource.RUSAGE_SELF)
     print(json.dumps([peak, used.ru_utime + used.ru_stime]))
 """
-TORCH = RUN.replace("from moe_ckpt.cli import main", "import torch").replace(
+TORCH = RUN.replace("from moe_ckpt.process import main", "import torch").replace(
     "    main()", "    pass"
 )
 

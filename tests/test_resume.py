@@ -577,7 +577,7 @@ import os, sys
 
 class Interrupt:
     def find_spec(self, name, path, target=None):
-        if name == "moe_ckpt.cli":
+        if name == "moe_ckpt.process":
             os.kill(os.getpid(), {int(number)})
 
 sys.meta_path.insert(0, Interrupt())
