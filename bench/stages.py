@@ -58,13 +58,14 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _watch() -> Counter[tuple[str, str]]:
     """Count what the stages take from now on."""
+    from moe_ckpt import conversion
     from moe_ckpt.engines import backend_for
     from moe_ckpt.reader import SourceReader
     from moe_ckpt.writer import ShardWriter
 
     engine = type(backend_for("cpu").make())
     spent: Counter[tuple[str, str]] = Counter()
-    stages: list[tuple[str, type, str]] = [
+    stages: list[tuple[str, Any, str]] = [
         ("read", SourceReader, "read"),
         ("forget what was read", SourceReader, "forget"),
         ("decode", engine, "decode"),
@@ -72,7 +73,8 @@ def _watch() -> Counter[tuple[str, str]]:
         ("quantize", engine, "quantize"),
         ("write", ShardWriter, "write"),
         ("reserve the file", ShardWriter, "__init__"),
-        ("flush and rename", ShardWriter, "finish"),
+        ("hash and flush", ShardWriter, "finish"),
+        ("verify", conversion, "_verify"),
     ]
     for stage, owner, name in stages:
         setattr(owner, name, _counted(stage, getattr(owner, name), spent))
