@@ -21,7 +21,7 @@ from ..options import Limits
 from ..pool import Pool, environment_faults
 from ..quantizer import Worker
 from ..reader import SourceReader
-from ..schedule import budget_for
+from ..schedule import Budget, budget_for
 from ..weights import weights_of
 from .beside import check_config, check_side_files
 from .compare import Compared, Comparer
@@ -43,6 +43,8 @@ def against_source(
     sample: int | None,
     backend: Backend,
     limits: Limits,
+    *,
+    budget: Budget | None = None,
 ) -> None:
     """Add what differs from the source.
 
@@ -54,6 +56,7 @@ def against_source(
             A slab is a matrix, or those that share a scale, such as gate and up of an expert.
         backend: where to compute; it changes no finding.
         limits: threads and memory.
+        budget: instead of what ``limits`` ask for; it is for tests.
 
     Raises:
         InputError: the source cannot be read.
@@ -74,7 +77,7 @@ def against_source(
         def keep(done: tuple[int, Compared]) -> None:
             results[done[0]] = done[1]
 
-        budget = budget_for(backend, limits, _gathered_nbytes(pairs.matrices))
+        budget = budget or budget_for(backend, limits, _gathered_nbytes(pairs.matrices))
         with _readers(source.shards.values(), subject.source.shards.values()) as (here, there):
             comparers = {
                 Worker(here, backend.make(), budget): Comparer(

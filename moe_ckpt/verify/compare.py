@@ -63,6 +63,7 @@ class Comparer:
         places: Places,
     ) -> None:
         self._there = there
+        self._chunk_items = budget.chunk_items
         self._places = places
         self._sides = MatrixReader(here, engine, budget), MatrixReader(there, engine, budget)
 
@@ -90,9 +91,8 @@ class Comparer:
         wanted, matrix = Matrix(pair.job, pair.slab, part), self._places.matrix(name)
         source, there = self._sides
         module = name.removesuffix(".weight")
-        return Measured(
-            name, module, matrix.job.encoded.format, distance(source, wanted, there, matrix)
-        )
+        found = distance(source, wanted, there, matrix, self._chunk_items)
+        return Measured(name, module, matrix.job.encoded.format, found)
 
     def _made_again(
         self, worker: Worker, pair: MatrixPair, shared: float | None

@@ -84,7 +84,7 @@ class _Reporter:
                     self._add(one.tensor.name, f"{one.describe()}{again}")
             elif not is_exact:
                 self._check_bound(measured)
-            if pair.job.is_stacked and result.shared is not None and measured.distance.count:
+            if result.shared is not None and not pair.job.is_recoded:
                 self._remember(pair.job, measured, result.shared)
 
     def _check_bound(self, measured: Measured) -> None:

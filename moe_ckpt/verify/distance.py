@@ -83,11 +83,17 @@ class Distance:
             self.worst = Worst(excess, first_row + int(row), int(column), *values)
 
 
-def distance(source: MatrixReader, wanted: Matrix, there: MatrixReader, matrix: Matrix) -> Distance:
+def distance(
+    source: MatrixReader,
+    wanted: Matrix,
+    there: MatrixReader,
+    matrix: Matrix,
+    chunk_items: int = _CHUNK_ITEMS,
+) -> Distance:
     """Compare two matrices of the same shape, each from its own checkpoint."""
     found = Distance()
     ours, theirs = wanted.job.encoded, matrix.job.encoded
-    step = max(1, _CHUNK_ITEMS // max(matrix.job.columns, 1))
+    step = max(1, min(_CHUNK_ITEMS, chunk_items) // max(matrix.job.columns, 1))
     slack = _slack(ours, theirs)
     with np.errstate(all="ignore"):  # whatever is no number is beyond its bound
         for start in range(0, matrix.rows, step):

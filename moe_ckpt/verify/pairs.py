@@ -259,6 +259,8 @@ class _Pairing:
         job, is_made = self._job(
             encoded, lambda make, target: _jobs(make.of_experts(found, target))[index]
         )
+        # Ours are split or stacked, and of other fused ones the bytes are not compared.
+        is_made = is_made and not any(map(self._places.fused_with, there))
         for slab, of_one in enumerate(present):
             self._matrices(job, slab, of_one, is_made=is_made)
 
