@@ -23,6 +23,7 @@ from .errors import (
     RecipeError,
     StatsError,
     UsageError,
+    VerifyError,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ __all__ = [
     "Result",
     "StatsError",
     "UsageError",
+    "VerifyError",
     "__version__",
     "convert",
     "inspect",

@@ -19,6 +19,7 @@ from .regular import read_regular
 from .strict_json import parse_object
 
 __all__ = ["HF_QUANT_CONFIG", "Announced", "announcements", "everything_said"]
+__all__ += ["quantization_beside"]
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
 _CAP_NBYTES = 100_000_000
@@ -206,10 +207,20 @@ def everything_said(config: Mapping[str, Any], beside: bytes | None) -> list[Ann
 
     walk(config, "")
     if beside is not None:
-        said = parse_object(beside, HF_QUANT_CONFIG, CheckpointError).get("quantization")
-        if isinstance(said, dict):
+        said = quantization_beside(beside)
+        if said is not None:
             found.append(Announced(HF_QUANT_CONFIG, {"quant_method": "modelopt", **said}))
     return found
+
+
+def quantization_beside(text: bytes) -> dict[str, Any] | None:
+    """What hf_quant_config.json holds of quantization; None if that is no object.
+
+    Raises:
+        CheckpointError: the text is no JSON.
+    """
+    said = parse_object(text, HF_QUANT_CONFIG, CheckpointError).get("quantization")
+    return said if isinstance(said, dict) else None
 
 
 def _number_of(format_name: str) -> tuple[str, str]:

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from . import __version__
-from .errors import EnvironmentFaultError, InterruptedConversionError, MoeCkptError
+from .errors import (
+    EnvironmentFaultError,
+    InterruptedConversionError,
+    MoeCkptError,
+    UsageError,
+    VerifyError,
+    show,
+)
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 _SHOWN_PROBLEMS = 20
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _named(_context: click.Context, _parameter: click.Parameter, value: Any) -> Any:
@@ -153,7 +161,17 @@ def cli() -> None:
     show_default=True,
     help="error, or constant: input scale 1.0 where statistics are missing.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an earlier conversion in OUT.")
+@click.option("--overwrite", is_flag=True, help="Remove an earlier conversion in OUT, start anew.")
+@click.option(
+    "--trust-journal",
+    is_flag=True,
+    help="Going on, compare only the sizes of finished shards with the journal, not SHA-256.",
+)
+@click.option(
+    "--hash-source",
+    is_flag=True,
+    help="Record SHA-256 of the shards of IN; going on, they count instead of modification times.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
 @_json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
@@ -166,20 +184,25 @@ def convert(
     memory: str,
     device_memory: str,
     overwrite: bool,
+    trust_journal: bool,
+    hash_source: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
     **options: Unpack[PlanOptions],
 ) -> None:
-    """Convert the checkpoint folder IN to a quantized one in the new folder OUT."""
+    """Convert the checkpoint folder IN to a quantized one in the new folder OUT.
+
+    If it is interrupted, the same command goes on with it.
+    """
     from pathlib import Path
 
     from .options import Limits
+    from .out_dir import check_out_dir
     from .planner import make_plan
     from .progress import Progress
     from .report import plan_document, plan_lines, result_lines
-    from .writer import check_out_dir
 
     limits = Limits(workers, memory, device_memory)
     check_out_dir(Path(in_dir), Path(out_dir), overwrite=overwrite)
@@ -199,13 +222,22 @@ def convert(
         _say([f"note: {backend.note}"])
     with Progress(plan, _say, quiet=quiet) as report:
         result = execute(
-            plan, out_dir, backend=backend, limits=limits, overwrite=overwrite, progress=report
+            plan,
+            out_dir,
+            backend=backend,
+            limits=limits,
+            overwrite=overwrite,
+            trust_journal=trust_journal,
+            hash_source=hash_source,
+            progress=report,
+            say=(lambda _line: None) if quiet else (lambda line: _say([line])),
         )
         _ignore_signals()  # the output is complete: say so, whatever comes now
     if not quiet:
         _say(result_lines(result))
     if as_json:
         done = {"out_dir": str(result.out_dir), "device": result.device, "seconds": result.seconds}
+        done |= {"resumed_shards": result.resumed, "was_complete": result.was_complete}
         _print_json(plan_document(plan, limits) | {"result": done})
 
 
@@ -268,6 +300,66 @@ def scan(
 
 
 @cli.command()
+@click.argument("out_dir", metavar="OUT", callback=_named)
+@click.option(
+    "--source",
+    metavar="IN",
+    callback=_named,
+    help="The checkpoint that OUT was made from, to compare with.",
+)
+@click.option(
+    "--sample",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Quantized weights to compare with IN, 64 if not given, evenly spread.",
+)
+@click.option("--all", "compare_all", is_flag=True, help="Compare all of them.")
+@_limit_options
+@_json_option
+@click.option("-q", "--quiet", is_flag=True, help="Print only what is wrong.")
+def verify(
+    out_dir: str,
+    source: str | None,
+    sample: int | None,
+    compare_all: bool,
+    device: str,
+    workers: int | None,
+    memory: str,
+    device_memory: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Check the quantized checkpoint OUT, whoever made it, and exit with 6 if something is wrong.
+
+    Checked are files, names and shapes; every scale; what runtimes make of the configuration; and
+    with --source, whether the weights are those of IN.
+    """
+    from .engines import backend_for
+    from .options import Limits
+    from .verify import verify as verify_folder
+    from .verify.report import document, lines, outcome
+
+    if compare_all and sample is not None:
+        raise UsageError("--all compares what --sample would choose from; give one of them")
+    if source is None and (compare_all or sample is not None):
+        raise UsageError("--sample and --all are about --source; give it too")
+    findings = verify_folder(
+        out_dir,
+        source=source,
+        sample=None if compare_all else sample or 64,
+        backend=backend_for(device) if source is not None else None,
+        limits=Limits(workers, memory, device_memory),
+    )
+    _say(lines(findings, quiet=quiet))
+    if as_json:
+        _print_json(document(findings))
+    if findings.is_clean and not quiet:
+        _say([f"{show(out_dir)}: {outcome(findings)}"])
+    if not findings.is_clean:
+        raise VerifyError(f"{show(out_dir)}: {outcome(findings)}")
+
+
+@cli.command()
 @_json_option
 def formats(as_json: bool) -> None:
     """List number formats: their size, what they need, how they are spelled, who reads them."""
@@ -297,10 +389,12 @@ def main() -> NoReturn:
     """Run the command line and exit with the code that the error tree documents."""
     # numba imports it to look for a BLAS that no kernel uses, which takes longer than all of ours.
     sys.modules.setdefault("scipy", None)  # type: ignore[arg-type]
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in _SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup wants hangups ignored
             signal.signal(number, _terminate)
-    sys.exit(_run(cli))
+    code = _run(cli)
+    _ignore_signals()
+    sys.exit(code)
 
 
 def _run(command: Callable[..., Any]) -> int:
@@ -317,6 +411,7 @@ def _run(command: Callable[..., Any]) -> int:
     except (KeyboardInterrupt, click.Abort):
         return _fail(InterruptedConversionError())
     except MoeCkptError as error:
+        _ignore_signals()
         return _fail(error)
     except OSError as error:
         with suppress(OSError):
@@ -345,7 +440,7 @@ def _terminate(signum: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _ignore_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Unpack
 
 from .engines import Backend, backend_for
+from .errors import EnvironmentFaultError, show
+from .journal import head_of, read_journal
 from .options import Limits, PlanOptions
+from .origin import file_sha256
+from .out_dir import check_out_dir, missing_nbytes
 from .plan import Job, OutShard, Plan
 from .planner import make_plan
 from .pool import Pool, environment_faults, pool_over
 from .quantizer import Worker
 from .schedule import Budget, batches, budget_for, gathered_nbytes
-from .writer import OutputFolder, ShardWriter, check_out_dir
+from .writer import OutputFolder, ShardWriter, output_folder
 
 __all__ = ["Result", "convert", "execute"]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Told after each piece of work: bytes of weights read, and the shard if it was just finished.
 Progress = Callable[[int, OutShard | None], None]
@@ -30,6 +38,8 @@ Progress = Callable[[int, OutShard | None], None]
 class Result:
     """A finished conversion.
 
+    ``resumed``: how many shards an earlier run had made. ``was_complete``: whether it had left
+    nothing to do.
     ``inexact_blocks``: blocks of MXFP4 that NVFP4 could not hold exactly.
     """
 
@@ -37,6 +47,8 @@ class Result:
     out_dir: Path
     device: str
     seconds: float
+    resumed: int = 0
+    was_complete: bool = False
     inexact_blocks: int = 0
 
 
@@ -47,31 +59,43 @@ def convert(
     device: str = "auto",
     limits: Limits | None = None,
     overwrite: bool = False,
+    trust_journal: bool = False,
+    hash_source: bool = False,
     progress: Progress | None = None,
     **options: Unpack[PlanOptions],
 ) -> Result:
-    """Convert a checkpoint folder.
+    """Convert a checkpoint folder, or go on with a conversion of it that was interrupted.
 
     Args:
         in_dir: a checkpoint folder.
-        out_dir: a new or empty folder.
+        out_dir: a new or empty folder, or one with the same conversion, finished or not.
         device: "auto", "cpu", "cuda" or "cuda:N"; it changes no output byte.
         limits: threads and memory; they change none either.
-        overwrite: replace an earlier conversion in ``out_dir``.
+        overwrite: remove an earlier conversion in ``out_dir`` and start anew.
+        trust_journal: of finished shards compare only the size with the journal.
+        hash_source: read the whole source first and record the SHA-256 of each shard; when going
+            on, these are compared instead of modification times.
         progress: called with the bytes read, and with a shard when it is finished.
         options: those of `moe_ckpt.Options`.
 
     Raises:
         UsageError, InputError, OutputRefusedError: before anything is written.
-        CheckpointError: a weight is NaN or infinite, or scales contradict each other; the output
-            is removed.
-        EnvironmentFaultError: disk, memory or GPU failed; the output is removed.
+        CheckpointError: a weight is NaN or infinite, or scales contradict each other.
+        EnvironmentFaultError: disk, memory or GPU failed. As after any error, finished shards stay
+            and the same call goes on.
     """
     backend = backend_for(device)
     check_out_dir(Path(in_dir), Path(out_dir), overwrite=overwrite)
     plan = make_plan(in_dir, **options)
     return execute(
-        plan, out_dir, backend=backend, limits=limits, overwrite=overwrite, progress=progress
+        plan,
+        out_dir,
+        backend=backend,
+        limits=limits,
+        overwrite=overwrite,
+        trust_journal=trust_journal,
+        hash_source=hash_source,
+        progress=progress,
     )
 
 
@@ -83,41 +107,98 @@ def execute(
     limits: Limits | None = None,
     budget: Budget | None = None,
     overwrite: bool = False,
+    trust_journal: bool = False,
+    hash_source: bool = False,
     progress: Progress | None = None,
+    say: Callable[[str], None] = lambda _line: None,
 ) -> Result:
-    """Carry out a plan. On any error or interrupt, everything written is removed.
+    """Carry out a plan, or what is left of it. On any error or interrupt, finished shards stay.
 
-    ``budget`` instead of what ``limits`` ask for is for tests.
+    ``budget`` instead of what ``limits`` ask for is for tests. ``say`` is called with lines for
+    people.
     """
     started = time.monotonic()
     budget = budget or budget_for(backend, limits or Limits(), gathered_nbytes(plan))
-    report = progress or (lambda *_: None)
     with environment_faults():
-        folder = OutputFolder(plan, Path(out_dir), overwrite=overwrite)
-        try:
-            with (
-                pool_over(plan.source_shards, backend, budget) as pool,
-                ThreadPoolExecutor(1) as finisher,
-            ):
-                # While the disk takes one shard, the next is made; the callback is this thread's.
-                finishing: Future[OutShard] | None = None
-                for shard in plan.shards:
-                    out = _write_shard(folder, shard, pool, budget, report)
-                    try:
-                        if finishing:
-                            report(0, finishing.result())
-                    except BaseException:
-                        out.abandon()
-                        raise
-                    finishing = finisher.submit(out.finish)
-                if finishing:
-                    report(0, finishing.result())
-                inexact = sum(worker.inexact_blocks for worker in pool.workers)
-            folder.finish(plan)
-        except BaseException:
-            folder.discard()
+        content = _hashed(plan, budget.workers) if hash_source else None
+        with (
+            _leaving(plan, Path(out_dir)),
+            output_folder(
+                plan,
+                Path(out_dir),
+                head_of(plan, content),
+                overwrite=overwrite,
+                trust_journal=trust_journal,
+                threads=budget.workers,
+                say=say,
+            ) as folder,
+        ):
+            if folder.resumed and not folder.is_complete:
+                say(f"going on: {len(folder.resumed)} of {len(plan.shards)} shards are finished")
+            if not folder.is_complete:
+                _write_shards(plan, folder, backend, budget, progress or (lambda *_: None))
+                folder.finish()
+    return Result(
+        plan,
+        Path(out_dir),
+        device=backend.name,
+        seconds=time.monotonic() - started,
+        resumed=len(folder.resumed),
+        was_complete=folder.is_complete,
+        inexact_blocks=folder.inexact_blocks,
+    )
+
+
+@contextmanager
+def _leaving(plan: Plan, out_dir: Path) -> Iterator[None]:
+    """Say of a disk that is full how much is missing, once what was unfinished is removed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
             raise
-    return Result(plan, Path(out_dir), backend.name, time.monotonic() - started, inexact)
+        journal = read_journal(out_dir)
+        missing = missing_nbytes(plan, out_dir, journal.records if journal else ())
+        what = f"{max(missing, 0):,} bytes are missing" if missing > 0 else "a limit is reached"
+        raise EnvironmentFaultError(
+            f"{show(error.filename or out_dir)}: {error.strerror}: {what}; free space and run the "
+            "same command again"
+        ) from error
+
+
+def _hashed(plan: Plan, threads: int) -> dict[str, str]:
+    """The SHA-256 of every shard of the source."""
+    with ThreadPoolExecutor(threads) as pool:
+        digests = pool.map(lambda shard: file_sha256(shard.path), plan.source_shards)
+        return {shard.name: sha for shard, sha in zip(plan.source_shards, digests, strict=True)}
+
+
+def _write_shards(
+    plan: Plan, folder: OutputFolder, backend: Backend, budget: Budget, report: Progress
+) -> None:
+    """Make every shard that is not finished; while the disk takes one, the next is made."""
+    todo = [shard for shard in plan.shards if shard.name not in folder.finished]
+    report(plan.read_nbytes - sum(shard.read_nbytes for shard in todo), None)
+    with pool_over(plan.source_shards, backend, budget) as pool, ThreadPoolExecutor(1) as finisher:
+        try:
+            finishing: Future[OutShard] | None = None
+            for shard in todo:
+                before = sum(worker.inexact_blocks for worker in pool.workers)
+                out = _write_shard(folder, shard, pool, budget, report)
+                try:
+                    pool.reader.check_unchanged()
+                    if finishing:
+                        report(0, finishing.result())  # the callback is this thread's
+                except BaseException:
+                    out.abandon()
+                    raise
+                inexact = sum(worker.inexact_blocks for worker in pool.workers) - before
+                finishing = finisher.submit(folder.publish_shard, out, inexact)
+            if finishing:
+                report(0, finishing.result())
+        except BaseException:
+            folder.stop.set()
+            raise
 
 
 def _write_shard(

@@ -76,9 +76,15 @@ class Encoding:
                 return False
             if scale.is_whole and k % scale.columns:
                 return False
-            if info.shape not in _spellings(lead, scale.part(info.dtype).shape(n, k)):
+            if info.shape not in self.spellings(scale, lead, n, k):
                 return False
         return True
+
+    def spellings(
+        self, scale: Scale, lead: tuple[int, ...], n: int, k: int
+    ) -> set[tuple[int, ...]]:
+        """The shapes that a scale may have beside weights [*lead, N, K]."""
+        return _spellings(lead, scale.part(scale.dtypes[0]).shape(n, k))
 
 
 def _spellings(lead: tuple[int, ...], shape: tuple[int, ...]) -> set[tuple[int, ...]]:

@@ -11,6 +11,7 @@
     |   +-- AmaxError                     the file of weight amax
     +-- OutputRefusedError            4   the output folder is not ours to write
     +-- EnvironmentFaultError         5   disk, memory, I/O or GPU: fix it and run again
+    +-- VerifyError                   6   a checkpoint that is not what it must be
     +-- InterruptedConversionError    130, 143 after SIGTERM, 129 after SIGHUP
 
 An error holds one line per problem. Checks that run before anything is written report every
@@ -35,6 +36,7 @@ __all__ = [
     "RecipeError",
     "StatsError",
     "UsageError",
+    "VerifyError",
     "show",
 ]
 
@@ -101,11 +103,17 @@ class EnvironmentFaultError(MoeCkptError):
     exit_code = 5
 
 
+class VerifyError(MoeCkptError):
+    """A checkpoint in which a verification found something wrong."""
+
+    exit_code = 6
+
+
 class InterruptedConversionError(MoeCkptError):
     """Stopped by SIGINT (130), SIGTERM (143) or SIGHUP (129)."""
 
     def __init__(self, exit_code: int = 130) -> None:
-        super().__init__("interrupted; nothing usable was left in the output folder")
+        super().__init__("interrupted; run the same command again")
         self.exit_code = exit_code
 
 

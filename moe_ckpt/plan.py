@@ -20,6 +20,7 @@ from .dtypes import itemsize, nbytes_of
 from .formats import Part
 from .headers import Shard
 from .layouts import Experts
+from .origin import Origin
 
 __all__ = ["Constant", "Copy", "Encoded", "Job", "OutShard", "OutTensor", "Plan", "Read"]
 __all__ += ["Region", "Slab", "by_alignment", "header_of", "index_of"]
@@ -210,6 +211,12 @@ class OutShard:
         """Bytes of the file."""
         return self.header_nbytes + self.data_nbytes
 
+    @property
+    def read_nbytes(self) -> int:
+        """Bytes of weights that are read for it."""
+        copied = sum(copy.read.nbytes for copy in self.copies)
+        return copied + sum(job.read_nbytes for job in self.jobs)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -239,6 +246,7 @@ class Plan:
     stats_covered: int
     notes: tuple[str, ...]
     warnings_by_kind: Mapping[str, tuple[str, ...]]
+    origin: Origin
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -286,7 +294,7 @@ class Plan:
     @property
     def read_nbytes(self) -> int:
         """Bytes of weights that are read, each counted once."""
-        return self.converted_nbytes + sum(nbytes for _, nbytes in self.kept.values())
+        return sum(shard.read_nbytes for shard in self.shards)
 
     def digest(self) -> str:
         """SHA-256 over everything that decides an output byte or its place."""

@@ -27,6 +27,7 @@ from .kv_cache import KV_SCALES, kv_cache_units, scale_name
 from .layouts import Detection, Given, detect
 from .loaders import form_of_experts, loader_warnings, loaders_of
 from .options import Options, PlanOptions, parse_size
+from .origin import origin_of
 from .packing import Unit, pack
 from .plan import OutShard, Plan
 from .recipe import RECIPE_FILE, Recipe, recipe_text
@@ -185,6 +186,7 @@ class _Planner:
                 ),
                 "statistics": calibration.warnings(self.weights.tensors) if calibration else (),
             },
+            origin=origin_of(self.asked, source),
         )
 
     def _units(self, make: UnitMaker, choice: Choice, assigned: Assigned) -> list[tuple[str, Unit]]:

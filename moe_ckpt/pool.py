@@ -21,10 +21,14 @@ T = TypeVar("T")
 
 
 class Pool:
-    """Threads with a `Worker` each; tasks are called with a free worker."""
+    """Threads with a `Worker` each; tasks are called with a free worker.
 
-    def __init__(self, workers: Iterable[Worker]) -> None:
+    ``reader``: what the workers read with.
+    """
+
+    def __init__(self, workers: Iterable[Worker], reader: SourceReader) -> None:
         self.workers = tuple(workers)
+        self.reader = reader
         self._threads = ThreadPoolExecutor(len(self.workers))
         self._free: SimpleQueue[Worker] = SimpleQueue()
         for worker in self.workers:
@@ -45,6 +49,7 @@ class Pool:
                 for future in finished:
                     done(future.result())
         except BaseException:
+            self.reader.stop.set()
             _cancel(futures)
             raise
 
@@ -68,7 +73,7 @@ def pool_over(shards: Iterable[Shard], backend: Backend, budget: Budget) -> Iter
     reader = SourceReader(shards)
     try:
         workers = [Worker(reader, backend.make(), budget) for _ in range(budget.workers)]
-        with backend.around(), Pool(workers) as pool:
+        with backend.around(), Pool(workers, reader) as pool:
             yield pool
         reader.check_unchanged()
     finally:
@@ -83,20 +88,22 @@ def environment_faults() -> Iterator[None]:
     except MoeCkptError:
         raise
     except MemoryError as error:
-        raise EnvironmentFaultError("memory ran out; free some and run again") from error
+        raise EnvironmentFaultError(
+            "memory ran out; free some, or pass a smaller --memory, and run the same command again"
+        ) from error
     except OSError as error:
         name = f"{show(error.filename)}: " if error.filename else ""
         raise EnvironmentFaultError(
-            f"{name}{error.strerror or show(error)}; nothing usable was left in the output folder, "
-            "run again once this is mended"
+            f"{name}{error.strerror or show(error)}; mend this and run the same command again"
         ) from error
     except RuntimeError as error:  # torch's, which is not imported for this
         if "CUDA" not in str(error):
             raise
         if "out of memory" in str(error):
             raise EnvironmentFaultError(
-                f"GPU memory ran out ({show(error)}); free some, or use --device cpu"
+                f"GPU memory ran out ({show(error)}); free some, or use --device cpu, and run the "
+                "same command again"
             ) from error
         raise EnvironmentFaultError(
-            f"the GPU failed ({show(error)}); run again, or use --device cpu"
+            f"the GPU failed ({show(error)}); run the same command again, or with --device cpu"
         ) from error

@@ -23,8 +23,7 @@ class Progress:
         terminal = sys.stderr is not None and sys.stderr.isatty()
         self._say = say
         self._lines = not terminal and not quiet
-        self._shards = len(plan.shards)
-        self._done = 0
+        self._numbers = {shard.name: number for number, shard in enumerate(plan.shards, 1)}
         self._bar = tqdm(
             total=plan.read_nbytes,
             unit="B",
@@ -44,6 +43,5 @@ class Progress:
         with suppress(OSError):  # a terminal that has gone away
             self._bar.update(nbytes)
         if shard is not None and self._lines:
-            self._done += 1
-            line = f"shard {self._done} of {self._shards}: {shard.name}, {size(shard.nbytes)}"
-            self._say([line])
+            which = f"shard {self._numbers[shard.name]} of {len(self._numbers)}"
+            self._say([f"{which}: {shard.name}, {size(shard.nbytes)}"])

@@ -6,10 +6,11 @@ process without a message.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from threading import Lock
+from threading import Event, Lock
 
 from .errors import EnvironmentFaultError, show
 from .headers import Shard
@@ -17,26 +18,44 @@ from .plan import Read
 
 __all__ = ["SourceReader"]
 
+# Errors of network disks that pass, and how long to wait before each further attempt.
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET)
+_PAUSES_S = (0.5, 2.0, 8.0)
+
 
 class SourceReader:
-    """Open shards of a source, to be read by several threads."""
+    """Open shards of a source, to be read by several threads.
+
+    ``stop`` is set when no error is worth waiting for any more.
+    """
 
     def __init__(self, shards: Iterable[Shard]) -> None:
+        self.stop = Event()
         self._shards = {shard.name: shard for shard in shards}
         self._fds: dict[str, int] = {}
+        self._old_fds: list[int] = []
         self._lock = Lock()
 
     def read(self, read: Read, start: int, into: memoryview) -> None:
-        """Fill ``into`` with the bytes of ``read`` from its byte ``start`` on."""
-        fd = self._fd(read.shard)
+        """Fill ``into`` with the bytes of ``read`` from its byte ``start`` on.
+
+        Raises:
+            EnvironmentFaultError: the shard is not the file that was planned with.
+            OSError: naming the shard, after several attempts where another may help.
+        """
         position = read.offset + start
         filled = 0
+        pauses = iter(_PAUSES_S)
         while filled < len(into):
             try:
-                count = os.preadv(fd, [into[filled:]], position + filled)
+                count = os.preadv(self._fd(read.shard), [into[filled:]], position + filled)
             except OSError as error:
-                path = str(self._shards[read.shard].path)
-                raise OSError(error.errno, error.strerror, path) from error
+                pause = next(pauses, None)
+                if error.errno not in _PASSING or pause is None or self.stop.wait(pause):
+                    path = str(self._shards[read.shard].path)
+                    raise OSError(error.errno, error.strerror, path) from error
+                self._reopen(read.shard)
+                continue
             if count == 0:
                 raise _changed(read.shard)
             filled += count
@@ -51,16 +70,23 @@ class SourceReader:
 
     def check_unchanged(self) -> None:
         """Raise if a shard that was read is not the file that was planned with."""
-        for name in self._fds:
+        for name in list(self._fds):
             status = os.stat(self._shards[name].path)
             if (status.st_size, status.st_mtime_ns) != self._stamp(name):
                 raise _changed(name)
 
     def close(self) -> None:
         """Close all shards."""
-        for fd in self._fds.values():
+        for fd in (*self._fds.values(), *self._old_fds):
             os.close(fd)
         self._fds.clear()
+        self._old_fds.clear()
+
+    def _reopen(self, name: str) -> None:
+        """Let the next read open the shard again; others may still be reading from the old one."""
+        with self._lock:
+            if name in self._fds:
+                self._old_fds.append(self._fds.pop(name))
 
     def _fd(self, name: str) -> int:
         with self._lock:

@@ -140,6 +140,9 @@ def plan_lines(plan: Plan, limits: Limits | None = None) -> Iterator[str]:
 def result_lines(result: Result) -> Iterator[str]:
     """A finished conversion as lines of text."""
     plan = result.plan
+    if result.was_complete:
+        yield f"already complete: {show(result.out_dir)}"
+        return
     copied = sum(count for count, _ in plan.kept.values())
     made = ", ".join(f"{count_of(n, 'matrix')} {name}" for name, n in plan.formats.items())
     yield (

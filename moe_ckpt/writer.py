@@ -1,223 +1,197 @@
 """Write the output folder so that nothing in it looks finished before it is.
 
-A shard is written under ``.moe-ckpt/``, where no loader looks, at planned offsets; then it is
-flushed to disk, opened by the safetensors library, and renamed. Configuration follows the last
-shard, config.json next to last and the index at the end. ``.moe-ckpt/written.json`` lists every
-file that belongs to the conversion, before the first is written.
+Every file goes the same way: it is written under ``.moe-ckpt/``, where no loader looks, and
+flushed to disk; the journal gets a line with its SHA-256; then it is renamed. Shards come first.
+Configuration follows the last of them, config.json next to last and the index at the end.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
-import shutil
-from collections.abc import Iterable
-from contextlib import suppress
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from threading import Event
 
+import numpy as np
 from safetensors import safe_open
 
-from .checkpoint import CONFIG, INDEX
-from .errors import (
-    EnvironmentFaultError,
-    InputError,
-    MoeCkptError,
-    OutputRefusedError,
-    show,
-    show_some,
-)
+from .checkpoint import INDEX
+from .durable import publish, sync_folder
+from .errors import MoeCkptError
+from .journal import JOURNAL, PRIVATE, Head, JournalWriter, Record
+from .lock import locked
+from .out_dir import check_out_dir, check_room, remove_all, remove_folders, remove_partials
 from .plan import OutShard, Plan, header_of, index_of
-from .regular import read_regular
-from .strict_json import parse_object
+from .resume import finished_files, output_names, refuse_other
 
-__all__ = ["OutputFolder", "ShardWriter", "check_out_dir"]
+__all__ = ["OutputFolder", "ShardWriter", "output_folder"]
 
-PRIVATE = ".moe-ckpt"
-WRITTEN = "written.json"
 _COPY_NBYTES = 4 << 20
-_RECORD_CAP_NBYTES = 100_000_000
 
 
-def check_out_dir(in_dir: Path, out_dir: Path, *, overwrite: bool) -> list[Path]:
-    """Refuse an output folder that is not ours to write.
+class StoppedError(Exception):
+    """A shard that was being finished is given up, for the conversion ends."""
 
-    Returns:
-        Files of an earlier conversion that ``overwrite`` removes.
+
+@contextmanager
+def output_folder(
+    plan: Plan,
+    out_dir: Path,
+    head: Head,
+    *,
+    overwrite: bool = False,
+    trust_journal: bool = False,
+    threads: int = 1,
+    say: Callable[[str], None] = lambda _line: None,
+) -> Iterator[OutputFolder]:
+    """Hold an output folder for a conversion: a new one, or one that was interrupted.
+
+    What is finished stays if the conversion ends early; if nothing is, the folder is removed.
 
     Raises:
-        OutputRefusedError: it overlaps the input, is no folder, or holds files.
+        OutputRefusedError: it is not ours to write, or of another conversion.
+        EnvironmentFaultError: the disk has no room.
     """
-    if _overlap(in_dir, out_dir):
-        raise OutputRefusedError(
-            f"{show(out_dir)}: overlaps the input {show(in_dir)}; choose a folder outside it"
-        )
-    if not os.path.lexists(out_dir):
-        return []
-    if not out_dir.is_dir():
-        raise OutputRefusedError(f"{show(out_dir)}: is not a folder")
-    present = {
-        path.relative_to(out_dir).as_posix()
-        for path in out_dir.rglob("*")
-        if path.is_symlink() or not path.is_dir()
-    }
-    if not present:
-        return []
-    ours = _written_by_us(out_dir)
-    foreign = sorted(present - ours)
-    if foreign and ours:
-        raise OutputRefusedError(
-            f"{show(out_dir)}: holds files that moe-ckpt did not write: {show_some(foreign)}; move "
-            "them away or choose another folder"
-        )
-    if foreign:
-        raise OutputRefusedError(
-            f"{show(out_dir)}: is not empty ({show_some(foreign)}); choose another folder"
-        )
-    if not overwrite:
-        raise OutputRefusedError(
-            f"{show(out_dir)}: holds an earlier conversion; pass --overwrite to replace it"
-        )
-    # What makes the folder loadable goes first, what makes it ours goes last.
-    order = {CONFIG: -2, INDEX: -1, f"{PRIVATE}/{WRITTEN}": 1}
-    return [out_dir / name for name in sorted(present, key=lambda name: (order.get(name, 0), name))]
-
-
-def _overlap(in_dir: Path, out_dir: Path) -> bool:
-    """Whether one folder is in the other, or the output in a hub cache's files of the input.
-
-    Folders are compared by device and inode as well: a bind mount has another path.
-    """
-    source, target = (Path(os.path.realpath(path)) for path in (in_dir, out_dir))
-    # A hub cache keeps the files that its snapshots link to in a folder of this name.
-    targets = (Path(os.path.realpath(p)) for p in (source.iterdir() if source.is_dir() else ()))
-    linked = {target.parent for target in targets if target.parent.name == "blobs"}
-
-    def inside(path: Path, folder: Path) -> bool:
-        return any(_same(parent, folder) for parent in (path, *path.parents))
-
-    return inside(source, target) or any(inside(target, folder) for folder in {source, *linked})
-
-
-def _same(one: Path, two: Path) -> bool:
-    if one == two:
-        return True
+    journal = check_out_dir(plan.root, out_dir, overwrite=overwrite)
+    records = journal.records if journal else {}
+    if journal and not overwrite:
+        refuse_other(journal.head, head, out_dir)
+        check_room(plan, out_dir, records, 0)
+    else:
+        old = [path for path in map(out_dir.joinpath, records) if os.path.lexists(path)]
+        freed = sum(path.lstat().st_size for path in old)
+        check_room(plan, out_dir, {}, freed)
+    created = [path for path in (out_dir, *out_dir.parents) if not path.exists()]
+    private = out_dir / PRIVATE
+    private.mkdir(parents=True, exist_ok=True)
+    for path in created:
+        sync_folder(path.parent)
     try:
-        return os.path.samefile(one, two)
-    except OSError:
-        return False
-
-
-def _written_by_us(out_dir: Path) -> set[str]:
-    """Names that an earlier conversion listed as its own."""
-    record = f"{PRIVATE}/{WRITTEN}"
-    try:
-        text = read_regular(out_dir / record, _RECORD_CAP_NBYTES, InputError)
-        files = parse_object(text, record, InputError).get("files")
-    except InputError:
-        return set()
-    listed = {name for name in files if isinstance(name, str)} if isinstance(files, list) else set()
-    partial = {p.relative_to(out_dir).as_posix() for p in (out_dir / PRIVATE).glob("*.partial")}
-    return {record} | listed | partial
+        with locked(private):
+            # What was seen before may be what another run did meanwhile.
+            journal = check_out_dir(plan.root, out_dir, overwrite=overwrite)
+            finished: dict[str, Record] = {}
+            if journal and overwrite:
+                remove_all(out_dir, journal.records)
+            elif journal:
+                refuse_other(journal.head, head, out_dir)
+                finished = finished_files(
+                    plan, journal, out_dir, trust_journal=trust_journal, threads=threads, say=say
+                )
+                for name in [name for name in journal.records if name not in finished][::-1]:
+                    (out_dir / name).unlink(missing_ok=True)
+            remove_partials(out_dir)
+            folder = OutputFolder(plan, out_dir, head, finished)
+            try:
+                yield folder
+            except BaseException:
+                folder.leave()
+                stay = len(folder.finished.keys() & {shard.name for shard in plan.shards})
+                if stay:
+                    say(f"{stay} of {len(plan.shards)} shards are finished and stay")
+                raise
+    finally:
+        if not (out_dir / JOURNAL).exists():
+            for path in (private, *created):
+                with suppress(OSError):
+                    path.rmdir()
 
 
 class OutputFolder:
-    """An output folder while a conversion writes it."""
+    """An output folder while a conversion writes it.
 
-    def __init__(self, plan: Plan, out_dir: Path, *, overwrite: bool) -> None:
-        stale = check_out_dir(plan.root, out_dir, overwrite=overwrite)
+    ``finished``: the files that are recorded. ``resumed``: the shards among them that an earlier
+    run made. ``stop`` is set to give up what takes long.
+    """
+
+    def __init__(self, plan: Plan, out_dir: Path, head: Head, finished: dict[str, Record]) -> None:
         self.root = out_dir
-        self._created = [p for p in (out_dir, *out_dir.parents) if not p.exists()]
-        self._names = [shard.name for shard in plan.shards]
-        self._names += [file.name for file in plan.side_files]
-        self._names += [*plan.files, *([INDEX] if len(plan.shards) > 1 else [])]
-        self._refuse_if_full(plan, stale)
-        for path in stale:
-            path.unlink()
-        for folder in sorted({p.parent for p in stale} - {out_dir}, reverse=True):
-            with suppress(OSError):
-                folder.rmdir()
-        record = {"tool": "moe-ckpt", "files": sorted(self._names)}
-        try:
-            (out_dir / PRIVATE).mkdir(parents=True, exist_ok=True)
-            self.write_text(f"{PRIVATE}/{WRITTEN}", json.dumps(record, indent=1) + "\n")
-        except BaseException:
-            self.discard()
-            raise
+        self.stop = Event()
+        self._plan = plan
+        self._order = output_names(plan)
+        self._token = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self.is_complete = len(finished) == len(self._order)
+        self.resumed = frozenset(shard.name for shard in plan.shards) & finished.keys()
+        self.finished = finished
+        if not self.is_complete:
+            self._journal = JournalWriter(out_dir, self._token, head, finished)
+
+    @property
+    def inexact_blocks(self) -> int:
+        """Blocks of MXFP4 in all finished shards that NVFP4 could not hold exactly."""
+        return sum(record.inexact_blocks for record in self.finished.values())
 
     def open_shard(self, shard: OutShard) -> ShardWriter:
         """Start a shard under a temporary name."""
-        return ShardWriter(self.root, shard)
+        return ShardWriter(shard, self._partial(shard.name), self.root / shard.name)
 
-    def write_text(self, name: str, text: str) -> None:
-        """Write a small file, complete or not at all."""
-        partial = self._partial(name)
-        with partial.open("x", encoding="utf-8") as file:
-            file.write(text)
+    def publish_shard(self, out: ShardWriter, inexact_blocks: int = 0) -> OutShard:
+        """Flush a shard to disk, record it, and give it its name."""
+        digest = out.finish(self.stop)
+        self._publish(out.partial, Record(out.shard.name, out.shard.nbytes, digest, inexact_blocks))
+        return out.shard
+
+    def finish(self) -> None:
+        """Write what makes the folder a checkpoint: configuration, and the index at the end."""
+        for file in self._plan.side_files:
+            if file.name not in self.finished:
+                with file.path.open("rb") as read:
+                    self._write(file.name, iter(partial(read.read, _COPY_NBYTES), b""))
+        for name, text in self._plan.files.items():
+            if name not in self.finished:
+                self._write(name, [text.encode()])
+        index = None if INDEX in self.finished else index_of(self._plan)
+        if index is not None:
+            self._write(INDEX, [index.encode()])
+
+    def leave(self) -> None:
+        """Remove what is not finished; the journal too if nothing is."""
+        with suppress(OSError):
+            remove_partials(self.root)
+        if not self.finished:
+            with suppress(OSError):
+                (self.root / JOURNAL).unlink(missing_ok=True)
+            remove_folders(self.root, self._order)
+
+    def _write(self, name: str, pieces: Iterator[bytes] | list[bytes]) -> None:
+        """Write a file that is not a shard, complete or not at all."""
+        path, state, nbytes = self._partial(name), hashlib.sha256(), 0
+        with path.open("xb") as file:
+            for piece in pieces:
+                file.write(piece)
+                state.update(piece)
+                nbytes += len(piece)
             file.flush()
             os.fsync(file.fileno())
-        _publish(partial, self.root / name)
+        self._publish(path, Record(name, nbytes, state.hexdigest()))
 
-    def copy_file(self, name: str, source: Path) -> None:
-        """Copy a side file, following links."""
-        partial = self._partial(name)
-        with source.open("rb") as read, partial.open("xb") as write:
-            shutil.copyfileobj(read, write, _COPY_NBYTES)
-            write.flush()
-            os.fsync(write.fileno())
-        _publish(partial, self.root / name)
-
-    def finish(self, plan: Plan) -> None:
-        """Write what makes the folder a checkpoint: configuration, and the index at the end."""
-        for file in plan.side_files:
-            self.copy_file(file.name, file.path)
-        for name, text in plan.files.items():
-            self.write_text(name, text)
-        index = index_of(plan)
-        if index is not None:
-            self.write_text(INDEX, index)
-
-    def discard(self) -> None:
-        """Remove everything this conversion wrote, the folder too if it was not there before.
-
-        The configuration goes first, so that an interrupted removal leaves nothing loadable.
-        """
-        for name in reversed(self._names):
-            with suppress(OSError):
-                (self.root / name).unlink()
-        shutil.rmtree(self.root / PRIVATE, ignore_errors=True)
-        folders = {p for name in self._names for p in (self.root / name).parents}
-        inner = {p for p in folders if p.is_relative_to(self.root) and p != self.root}
-        for folder in [*sorted(inner, reverse=True), *self._created]:
-            with suppress(OSError):
-                folder.rmdir()
+    def _publish(self, path: Path, record: Record) -> None:
+        self._journal.add(record)
+        if record.file == self._order[-1]:  # the same journal, however often it was interrupted
+            self._journal.settle(self._order)
+        final = self.root / record.file
+        final.parent.mkdir(parents=True, exist_ok=True)
+        publish(path, final)
 
     def _partial(self, name: str) -> Path:
-        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]  # names may be long
-        return self.root / PRIVATE / f"{digest}.partial"
-
-    def _refuse_if_full(self, plan: Plan, stale: Iterable[Path]) -> None:
-        target = Path(os.path.realpath(self.root))
-        existing = next(path for path in (target, *target.parents) if path.exists())
-        free = shutil.disk_usage(existing).free + sum(p.lstat().st_size for p in stale)
-        if free < plan.write_nbytes:
-            raise EnvironmentFaultError(
-                f"{show(self.root)}: the output needs {plan.write_nbytes:,} bytes and the disk has "
-                f"{free:,} free; nothing was written"
-            )
+        return self.root / PRIVATE / f"{digest}.{self._token}.partial"
 
 
 class ShardWriter:
     """One output shard; several threads may write to it at once."""
 
-    def __init__(self, root: Path, shard: OutShard) -> None:
-        self._final = root / shard.name
-        self._partial = root / PRIVATE / f"{shard.name}.partial"
-        self._shard = shard
+    def __init__(self, shard: OutShard, partial: Path, final: Path) -> None:
+        self.shard = shard
+        self.partial = partial
+        self._final = final
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._fd = os.open(self._partial, flags, 0o666)
+        self._fd = os.open(partial, flags, 0o666)
         try:
             _reserve(self._fd, shard.nbytes)
             header = header_of(shard.tensors)
@@ -240,27 +214,43 @@ class ShardWriter:
         with suppress(OSError):
             os.posix_fadvise(self._fd, start, position - start, os.POSIX_FADV_DONTNEED)
 
-    def finish(self) -> OutShard:
-        """Flush to disk, let the safetensors library read the header, and rename."""
+    def finish(self, stop: Event) -> str:
+        """Flush to disk and let the safetensors library read the header; returns the SHA-256."""
         try:
+            digest = self._sha256(stop)
             os.fsync(self._fd)
+            with suppress(OSError):
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise self._failed(error) from error
         finally:
             os.close(self._fd)
-        with safe_open(self._partial, framework="np") as file:
-            if len(file.keys()) != len(self._shard.tensors):
-                raise MoeCkptError(f"{self._shard.name}: does not read back; please report this")
-        _publish(self._partial, self._final)
-        return self._shard
+        with safe_open(self.partial, framework="np") as file:
+            if len(file.keys()) != len(self.shard.tensors):
+                raise MoeCkptError(f"{self.shard.name}: does not read back; please report this")
+        return digest
+
+    def abandon(self) -> None:
+        """Close without publishing; `OutputFolder.leave` removes the file."""
+        os.close(self._fd)
+
+    def _sha256(self, stop: Event) -> str:
+        """Of the bytes as the system gives them back."""
+        state, position = hashlib.sha256(), 0
+        buffer = np.empty(_COPY_NBYTES, np.uint8).data
+        while position < self.shard.nbytes:
+            if stop.is_set():
+                raise StoppedError
+            count = os.preadv(self._fd, [buffer], position)
+            state.update(buffer[:count])
+            position += count
+            if not count:
+                raise OSError(errno.EIO, "was cut short while it was written")
+        return state.hexdigest()
 
     def _failed(self, error: OSError) -> OSError:
         """The error with the name of the shard, which a file descriptor does not carry."""
         return OSError(error.errno, error.strerror, str(self._final))
-
-    def abandon(self) -> None:
-        """Close without publishing; `OutputFolder.discard` removes the file."""
-        os.close(self._fd)
 
 
 def _reserve(fd: int, nbytes: int) -> None:
@@ -270,16 +260,3 @@ def _reserve(fd: int, nbytes: int) -> None:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         os.ftruncate(fd, nbytes)
-
-
-def _publish(partial: Path, final: Path) -> None:
-    """Rename, and make the rename durable."""
-    partial.replace(final)
-    fd = os.open(final.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems
-            raise
-    finally:
-        os.close(fd)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -236,14 +235,19 @@ def test_interrupted(tmp_path, slow_model, number, code):
     assert "Traceback" not in errors
     assert not (out / "config.json").exists()
     assert not list(out.glob("*.index.json"))
-    if number == signal.SIGKILL:
-        assert list(out.glob("*.safetensors"))
-        again = run_cli("convert", slow_model, out, "-q", "--max-shard-size", "40MB")
-        assert again.returncode == 4
-        assert "--overwrite" in again.stderr
-    else:
-        assert re.search(r"^moe-ckpt: error: interrupted", errors, re.MULTILINE)
-        assert not (tmp_path / "new").exists()
+    kept = list(out.glob("*.safetensors"))
+    assert kept
+    count = f"{len(kept)} of {len(moe_ckpt.make_plan(slow_model, max_shard_size='40MB').shards)}"
+    if number != signal.SIGKILL:
+        assert f"\n{count} shards are finished and stay\n" in errors
+        assert errors.endswith("moe-ckpt: error: interrupted; run the same command again\n")
+        assert [path.name for path in (out / ".moe-ckpt").iterdir()] == ["journal.jsonl"]
+    inodes = {path: path.stat().st_ino for path in kept}
+    again = subprocess.run(args, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"\ngoing on: {count} shards are finished\n" in again.stderr
+    assert {path: path.stat().st_ino for path in kept} == inodes
+    assert (out / "config.json").exists()
 
 
 @pytest.mark.parametrize("redirect", ["2>&-", "2>/dev/full", "2>&1 | true"])

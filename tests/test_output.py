@@ -48,14 +48,33 @@ def test_a_hub_caches_own_files_are_not_written_to(source, tmp_path):
     moe_ckpt.convert(snapshot, tmp_path / "hub" / "out")
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "{", '{"files": 7}', None])
-def test_a_damaged_record_makes_the_files_foreign(source, tmp_path, text):
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[" * 100_000 + "\n", "{\n", '{"files": 7}\n', "", "[]\n", "\0" * 50, None),
+        '{"schema": "moe-ckpt/journal", "version": 2}\n',
+        '{"schema": "moe-ckpt/journal", "version": 1, "plan": "", "content": 1, "origin": 7}\n',
+    ],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_damaged_journal_makes_the_files_foreign(source, tmp_path, text, overwrite):
     out = tmp_path / "out"
     moe_ckpt.convert(source, out)
-    record = out / ".moe-ckpt" / "written.json"
-    record.unlink()
-    os.mkfifo(record) if text is None else record.write_text(text)
-    refused(source, out, "did not write|is not empty", overwrite=True)
+    journal = out / ".moe-ckpt" / "journal.jsonl"
+    journal.unlink()
+    os.mkfifo(journal) if text is None else journal.write_text(text)
+    refused(source, out, "remove the folder or choose another", overwrite=overwrite)
+
+
+@pytest.mark.parametrize("name", ["../mine", "/mine", "a/../../mine", "a//b", ".", ""])
+def test_a_journal_cannot_name_files_outside(source, tmp_path, name):
+    out = tmp_path / "out"
+    moe_ckpt.convert(source, out)
+    (tmp_path / "mine").write_text("mine")
+    with (out / ".moe-ckpt" / "journal.jsonl").open("a") as file:
+        file.write(json.dumps({"file": name, "nbytes": 4, "sha256": ""}) + "\n")
+    refused(source, out, "wrong types", overwrite=True)
+    assert (tmp_path / "mine").exists()
 
 
 def test_an_empty_folder_is_taken(source, tmp_path):
@@ -104,8 +123,7 @@ def test_an_interrupted_overwrite_can_be_repeated(source, tmp_path, monkeypatch)
             patch.setattr(Path, "unlink", unlink)
             with pytest.raises(KeyboardInterrupt):
                 moe_ckpt.convert(source, out, overwrite=True, max_shard_size=50_000)
-        names = set(read_files(out))
-        assert not count or not {"config.json"} & names
+        assert not count or "config.json" not in read_files(out)
         moe_ckpt.convert(source, out, overwrite=True, max_shard_size=50_000)
         assert read_files(out) == whole
 

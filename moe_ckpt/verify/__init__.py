@@ -67,3 +67,14 @@ def check_parts(subject: Subject, findings: Findings, *, read_weights: bool = Fa
     ``read_weights``: read whole weights too, for codes that are no numbers and for digests; else
     only scales are read.
     """
+    from .config_match import check_config
+    from .digests import check_digests
+    from .inventory import inventory_of
+    from .scales import check_scales
+    from .structure import check_structure
+
+    inventory = inventory_of(subject)
+    check_structure(subject, inventory, findings)
+    check_digests(subject, findings, read_all=read_weights)
+    check_scales(subject, inventory, findings, read_weights=read_weights)
+    check_config(subject, inventory, findings)

@@ -13,16 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..announced import HF_QUANT_CONFIG, Announced, everything_said
+from ..announced import HF_QUANT_CONFIG, Announced, everything_said, quantization_beside
 from ..checkpoint import CONFIG, INDEX, Source, is_safe_shard_name, shards_in
-from ..errors import CheckpointError, InputError, show
+from ..errors import CheckpointError, InputError, OutputRefusedError, show
 from ..headers import Shard, TensorInfo, read_header
+from ..journal import JOURNAL, PRIVATE, Journal, read_journal
 from ..layouts import Detection, detect
 from ..regular import read_regular
 from ..strict_json import parse_object, type_name
 from ..weights import Found, Weights, find_weights, weights_in
 from .findings import Findings
-from .journal_lines import Journal, read_journal
 
 __all__ = ["Subject", "open_subject"]
 
@@ -121,7 +121,7 @@ def open_subject(
         said=said,
         detection=detection,
         undetected=undetected,
-        journal=read_journal(root),
+        journal=opening.journal(),
     )
 
 
@@ -151,9 +151,21 @@ class _Opening:
             self._add_all(name, error, "no runtime can read it")
             return None
 
+    def journal(self) -> Journal | None:
+        """The journal of the conversion that wrote the folder, if one of ours did."""
+        try:
+            return read_journal(self._root)
+        except OutputRefusedError:
+            self._add(
+                JOURNAL,
+                "is damaged, or of another version",
+                "runtimes do not read it; whether files are still those written cannot be told",
+            )
+            return None
+
     def missing_config(self) -> None:
         """Report that there is no config.json."""
-        unfinished = (self._root / ".moe-ckpt").is_dir()
+        unfinished = (self._root / PRIVATE).is_dir()
         self._add(
             CONFIG,
             "is missing" + ("; a conversion to this folder was not finished" if unfinished else ""),
@@ -175,8 +187,10 @@ class _Opening:
             )
             return index, {}
         sound: dict[str, str] = {}
+        names = {shard for shard in weight_map.values() if isinstance(shard, str)}
+        safe = {name for name in names if is_safe_shard_name(name)}
         for tensor, shard in weight_map.items():
-            if isinstance(shard, str) and is_safe_shard_name(shard):
+            if isinstance(shard, str) and shard in safe:
                 sound[tensor] = shard
                 continue
             self._add(
@@ -236,6 +250,9 @@ class _Opening:
         """What config.json and hf_quant_config.json say of quantization."""
         text = self._bytes_of(HF_QUANT_CONFIG)
         try:
+            if text is not None and quantization_beside(text) is None:
+                problem = 'has no object "quantization"'
+                self._add(HF_QUANT_CONFIG, problem, "TensorRT-LLM cannot read it")
             return everything_said(config, text)
         except CheckpointError as error:
             self._add_all(HF_QUANT_CONFIG, error, "TensorRT-LLM cannot read it")

@@ -1,0 +1,132 @@
+"""What of an interrupted conversion stays, and whether it was this one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from .checkpoint import CONFIG, INDEX
+from .errors import OutputRefusedError, show, show_some
+from .journal import Head, Journal, Record
+from .origin import differences, file_sha256
+from .out_dir import files_in, foreign_files
+from .plan import OutShard, Plan, header_of
+
+__all__ = ["finished_files", "output_names", "refuse_other"]
+
+MTIMES = "mtimes"
+
+
+def output_names(plan: Plan) -> list[str]:
+    """Every file of the output, in the order in which it is written."""
+    names = [shard.name for shard in plan.shards]
+    names += [file.name for file in plan.side_files]
+    return [*names, *plan.files, *([INDEX] if len(plan.shards) > 1 else [])]
+
+
+def refuse_other(before: Head, now: Head, out_dir: Path) -> None:
+    """Refuse to go on with a conversion that is not this one.
+
+    Raises:
+        OutputRefusedError: naming everything that differs.
+    """
+    was, is_now = dict(before.origin), dict(now.origin)
+    hint = ""
+    if before.content and now.content:
+        was[MTIMES] = is_now[MTIMES]  # contents count instead
+    elif before.content and was[MTIMES] != is_now[MTIMES]:
+        hint = " (--hash-source compares their contents)"
+    found = [text + hint * text.startswith("files of") for text in differences(was, is_now)]
+    if before.content and now.content and before.content != now.content:
+        other = [n for n, digest in now.content.items() if before.content.get(n) != digest]
+        found.append(f"shards of the source have other contents: {show_some(other)}")
+    if not found and before.plan != now.plan:
+        found.append("the plan is another")
+    if found:
+        raise OutputRefusedError(
+            f"{show(out_dir)}: holds a conversion that was begun otherwise: {'; '.join(found)}. Go "
+            "on as it was begun, choose another folder, or pass --overwrite to start anew"
+        )
+
+
+def finished_files(
+    plan: Plan,
+    journal: Journal,
+    out_dir: Path,
+    *,
+    trust_journal: bool,
+    threads: int,
+    say: Callable[[str], None],
+) -> dict[str, Record]:
+    """The files of an interrupted conversion that need not be made again.
+
+    Shards that are damaged are left out, and then what makes the folder loadable is as well; both
+    are to be removed.
+
+    Args:
+        plan: of the same conversion.
+        journal: of the folder.
+        out_dir: the folder.
+        trust_journal: take shards of the right size for what they were.
+        threads: how many files to read at once.
+        say: called with a line on what is found.
+
+    Raises:
+        OutputRefusedError: the folder holds files of others, or a small file was edited.
+    """
+    shards = {shard.name: shard for shard in plan.shards}
+    order = output_names(plan)
+    foreign = {
+        name
+        for name in files_in(out_dir) - journal.records.keys()
+        if name not in shards or not _has_header(out_dir / name, shards[name])
+    } | (journal.records.keys() - set(order)) & files_in(out_dir)
+    if foreign:
+        raise foreign_files(out_dir, foreign)
+    recorded = [name for name in order if name in journal.records]
+    there = [name for name in recorded if os.path.lexists(out_dir / name)]
+    trusted = shards.keys() if trust_journal else ()
+    count = sum(name in shards for name in there)
+    if count and not trust_journal:
+        say(f"comparing finished shards with the journal: {count} (--trust-journal skips this)")
+    is_sound = partial(_is_sound, out_dir, journal.records, trusted)
+    with ThreadPoolExecutor(threads) as pool:
+        sound = {
+            name for name, right in zip(there, pool.map(is_sound, there), strict=True) if right
+        }
+    edited = [name for name in there if name not in sound and name not in shards]
+    if edited:
+        raise OutputRefusedError(
+            f"{show(out_dir)}: {show_some(edited)} was changed since it was written; move it away, "
+            "or pass --overwrite to start anew"
+        )
+    damaged = [name for name in recorded if name in shards and name not in sound]
+    if damaged:
+        say(f"not what they were, and made again: {show_some(damaged)}")
+    if not sound.issuperset(shards):
+        sound -= {CONFIG, INDEX}
+    return {name: journal.records[name] for name in recorded if name in sound}
+
+
+def _is_sound(
+    out_dir: Path, records: Mapping[str, Record], trusted: Collection[str], name: str
+) -> bool:
+    path, record = out_dir / name, records[name]
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != record.nbytes:
+        return False
+    return name in trusted or file_sha256(path) == record.sha256
+
+
+def _has_header(path: Path, shard: OutShard) -> bool:
+    """Whether a file that no record speaks of is a shard of ours all the same.
+
+    Two runs at once lose records where a file system forgets locks.
+    """
+    header = header_of(shard.tensors)
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != shard.nbytes:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
