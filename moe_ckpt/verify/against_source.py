@@ -85,7 +85,7 @@ def against_source(
                 )
                 for _ in range(budget.workers)
             }
-            with backend.around(), Pool(comparers) as pool:
+            with backend.around(), Pool(comparers, here) as pool:
                 pool.run((partial(_compare, comparers, n, p) for n, p in enumerate(chosen)), keep)
     report(subject, places, chosen, results, findings, is_all=sample is None)
 
@@ -117,6 +117,7 @@ def _readers(
 ) -> Iterator[tuple[SourceReader, SourceReader]]:
     """Readers of both checkpoints, which must be at the end what they were when opened."""
     readers = SourceReader(ours), SourceReader(theirs)
+    readers[1].stop = readers[0].stop
     try:
         yield readers
         for reader in readers:

@@ -15,6 +15,7 @@ from .matrices import Matrix, MatrixReader
 
 __all__ = ["Distance", "Worst", "distance"]
 
+_LEAST_DB = -200.0
 _CHUNK_ITEMS = 1 << 18  # a dozen arrays of so many floats fit the cache
 
 
@@ -45,12 +46,12 @@ class Distance:
 
     @property
     def snr_db(self) -> float:
-        """The signal-to-noise ratio in decibel: infinite if there is no error."""
+        """The signal-to-noise ratio in decibel: infinite without error, and at least -200."""
         if self.noise == 0:
             return inf
         if not np.isfinite(self.noise) or self.signal == 0:
-            return -inf
-        return round(10 * log10(self.signal / self.noise), 2)
+            return _LEAST_DB
+        return max(round(10 * log10(self.signal / self.noise), 2), _LEAST_DB)
 
     def add(
         self,

@@ -13,6 +13,7 @@ from ..packing import QuantUnit
 from ..plan import Encoded, Job, Read, Slab
 from ..units import UnitMaker
 from .matrices import Matrix
+from .stacks import STACK_FORMS
 from .subject import Subject
 
 __all__ = ["Places", "expert_of"]
@@ -114,18 +115,20 @@ class Places:
         codes = self._tensors.get(name)
         if codes is None or len(codes.shape) != 3:
             return None
-        scale = self._tensors.get(f"{name}_weight_scale")
-        scale_2 = self._tensors.get(f"{name}_weight_scale_2")
-        e, items, n = codes.shape
-        if codes.dtype == "U8" and scale is not None and scale_2 is not None:
-            whole = (scale.dtype, scale.shape) == ("F8_E4M3", (e, items // 8, n))
-            if whole and items % 8 == 0 and _is_number(scale_2):
-                has_input = f"{name}_input_scale" in self._tensors
-                target = find_format("nvfp4" if has_input else "nvfp4-w4a16")
-                return Encoded(target.name, target.parts[:3]), (codes, scale, scale_2)
-        if codes.dtype == "F8_E4M3" and scale is not None and _is_number(scale):
-            target = find_format("fp8-tensor")
-            return Encoded(target.name, target.parts[:2]), (codes, scale)
+        for form in STACK_FORMS if codes.dtype in ("U8", "F8_E4M3") else ():
+            found = [(Part("qweight", codes.dtype, form.columns), codes)]
+            for role, ending, dtype, columns in form.scales:
+                info = self._tensors.get(name + ending)
+                shape = form.scale_shape(codes, columns)
+                if info is not None and (info.dtype, info.shape) == (dtype, shape):
+                    found.append((Part(role, dtype, columns), info))
+            # Without an input scale it can be compared all the same.
+            missing = len(form.scales) + 1 - len(found)
+            has_input = found[-1][0].role == "input_scale"
+            if codes.dtype == form.dtype and missing <= (not has_input):
+                parts, infos = zip(*found[: len(form.scales)], strict=True)
+                weights_only = form.format == "nvfp4" and not has_input
+                return Encoded(form.format + "-w4a16" * weights_only, parts), infos
         if codes.dtype in ("BF16", "F16", "F32"):
             return Encoded("bf16", (Part("qweight", codes.dtype, 1),)), (codes,)
         return None
@@ -180,10 +183,6 @@ class Places:
                             matrix = Matrix(job, number, part)
                             found[f"{module}.weight"] = matrix, experts.tensors
         return found
-
-
-def _is_number(info: TensorInfo) -> bool:
-    return info.dtype == "F32" and info.nbytes == 4
 
 
 def _job(slab: Slab, n: int, k: int, encoded: Encoded, *, is_transposed: bool = False) -> Job:
