@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from math import inf
 
 import pytest
 import stored_as as S  # noqa: N812
 import torch
-from conftest import FIXTURES
+from conftest import FIXTURES, read_json
 from experts import config_of, matrices_of, pack, write
 from safetensors.torch import load_file, save_file
 from test_stored_forms import CUT, FORMS, make
@@ -16,7 +17,7 @@ from whole_plans import CASES
 
 import moe_ckpt
 from moe_ckpt.dialects import DIALECTS, dialect_for
-from moe_ckpt.engines import backend_for
+from moe_ckpt.engines import backend_for, with_torch
 from moe_ckpt.errors import InputError, UsageError
 from moe_ckpt.formats import find_format
 from moe_ckpt.options import Limits
@@ -60,11 +61,13 @@ def edit(folder, **changes):
     everything = {}
     for path in folder.glob("*.safetensors"):
         everything |= load_file(path)
-    for path in folder.glob("*.safetensors"):
+    new = [name for name in changes if name not in everything]
+    for path in sorted(folder.glob("*.safetensors")):
         tensors = load_file(path)
-        for name in [*tensors, *(changes if "new" in changes else ())]:
+        for name in [*tensors, *new]:
             if name in changes:
                 tensors[name] = changes[name](everything)
+        new = []
         save_file({n: t.contiguous() for n, t in tensors.items() if t is not None}, path)
 
 
@@ -172,7 +175,7 @@ def test_nothing_depends_on_the_budget(tmp_path, family, form, budget, as_):
 
 
 def names_of(folder):
-    return [name for path in folder.glob("*.safetensors") for name in load_file(path)]
+    return sorted(name for path in folder.glob("*.safetensors") for name in load_file(path))
 
 
 # What another tool may have got wrong: each takes the matrices of all experts, [gate, up, down].
@@ -426,8 +429,9 @@ def test_the_scale_of_stacked_experts_is_that_of_the_largest(tmp_path):
 
 
 @pytest.mark.parametrize("key", S.ENCODINGS)
-@pytest.mark.parametrize("target", ["bf16", "nvfp4", "fp8-channel", "mxfp4"])
-@pytest.mark.parametrize("quantize", ["experts", "linear"])
+@pytest.mark.parametrize(
+    ("target", "quantize"), [("bf16", "linear"), ("nvfp4", "linear"), ("fp8-channel", "experts")]
+)
 def test_quantized_sources(tmp_path, key, target, quantize):
     encode, options, said, _ = S.ENCODINGS[key]
     shared = {"shared_amax": True} if encode is S.nvfp4 else {}
@@ -506,3 +510,184 @@ def test_experts_of_a_bf16_source_in_blocks(tmp_path):
     findings = compare(tmp_path / "out", tmp_path / "in")
     assert named(findings) == [f"{S.QWEN}.1.up_proj.weight"]
     assert "at row 32, column" in findings.found[0].problem
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_what_is_missing_and_what_is_too_many(tmp_path, is_ours):
+    source = FIXTURES / "qwen3_moe" / "source"
+    out = convert(source, tmp_path / "out", format="nvfp4")
+    if not is_ours:
+        as_theirs(out)
+    expert = "model.layers.1.mlp.experts.5.up_proj"
+    gone = [n for n in names_of(out) if n.startswith(f"{expert}.")] + ["model.norm.weight"]
+    new = ["model.layers.1.mlp.experts.8.up_proj.weight", "model.layers.0.extra"]
+    changes = {name: lambda _: None for name in gone}
+    edit(out, **changes, **{name: lambda _: torch.ones(3) for name in new})
+    findings = compare(out, source)
+    assert sorted(named(findings)) == sorted([f"{expert}.weight", "model.norm.weight", *new])
+    problems = {finding.where: finding.problem for finding in findings.found}
+    assert all(problems[name].startswith("is not in the source") for name in new)
+    assert problems[f"{expert}.weight"] == "is missing"
+
+
+def test_another_dtype_and_another_shape(tmp_path):
+    source = FIXTURES / "qwen3_moe" / "source"
+    out = convert(source, tmp_path / "out", format="nvfp4")
+    names = ["model.norm.weight", "model.layers.0.self_attn.q_norm.weight", "lm_head.weight"]
+    edit(
+        out,
+        **{
+            names[0]: lambda tensors: tensors[names[0]].float(),
+            names[1]: lambda tensors: tensors[names[1]][:-1],
+            names[2]: lambda tensors: tensors[names[2]].T,
+        },
+    )
+    findings = compare(out, source)
+    assert sorted(named(findings)) == sorted(names)
+    assert "F32" in next(f.problem for f in findings.found if f.where == names[0])
+
+
+@pytest.mark.parametrize("other", ["mixtral", "deepseek_v3", "gpt_oss", "qwen3_moe_wide"])
+def test_another_model_is_a_finding_and_no_crash(tmp_path, other):
+    out = convert(FIXTURES / "qwen3_moe" / "source", tmp_path / "out", format="nvfp4")
+    findings = compare(out, FIXTURES / other / "source")
+    assert any("experts" in where for where in named(findings))
+    assert "config.json: model_type" in named(findings) or other == "qwen3_moe_wide"
+
+
+def test_a_layer_that_stays_is_compared_too(tmp_path):
+    source = FIXTURES / "qwen3_moe" / "source"
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        '[[rule]]\nmatch = "*.layers.0.mlp.experts.*"\nformat = "keep"\n'
+        '[[rule]]\nmatch = "*.experts.*"\nformat = "nvfp4"\n'
+        '[[rule]]\nmatch = "*.self_attn.*"\nformat = "fp8-tensor"\n'
+    )
+    stats = [FIXTURES / "qwen3_moe" / "stats.json"]
+    out = convert(source, tmp_path / "out", recipe=recipe, stats=stats)
+    findings = compare(out, source)
+    assert findings.found == []
+    assert all(difference.is_exact for difference in findings.differences)
+    assert {difference.format for difference in findings.differences} == {"nvfp4", "fp8-tensor"}
+    name = "model.layers.0.mlp.experts.3.gate_proj.weight"
+    edit(as_theirs(out), **flip(name, item=11, bit=1))
+    assert named(compare(out, source)) == [name]
+
+
+def test_scales_of_the_kv_cache_need_no_source(tmp_path):
+    source = FIXTURES / "qwen3_moe" / "source"
+    stats = read_json(FIXTURES / "qwen3_moe" / "stats.json")
+    for name, module in stats["modules"].items():
+        if name.endswith(("k_proj", "v_proj")):
+            module["output_amax"] = 3.0
+    (tmp_path / "stats.json").write_text(json.dumps(stats))
+    out = convert(source, tmp_path / "out", stats=[tmp_path / "stats.json"], kv_cache="fp8")
+    assert any(name.endswith("k_scale") for name in names_of(out))
+    assert compare(out, source).is_clean
+    assert compare(as_theirs(out), source).is_clean
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_the_rest_of_the_folder(tmp_path, is_ours):
+    source = tmp_path / "in"
+    shutil.copytree(FIXTURES / "qwen3_moe" / "source", source)
+    (source / "tokenizer.json").write_text('{"version": "1.0", "b": [1, 2]}')
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "README.md").write_text("what it is")
+    out = convert(source, tmp_path / "out", format="nvfp4")
+    if not is_ours:
+        as_theirs(out)
+    assert compare(out, source).is_clean
+
+    def change(name, text):
+        assert (out / name).read_text() != text
+        (out / name).write_text(text)
+
+    change("tokenizer.json", '{ "version": "1.0", "b": [1, 2]}')
+    change("README.md", "what it became")
+    assert named(compare(out, source)) == (["README.md", "tokenizer.json"] if is_ours else [])
+    change("tokenizer.json", '{"version": "1.0", "b": [1, 3]}')
+    (out / "chat_template.jinja").unlink()
+    (out / "README.md").unlink()
+    wrong = ["chat_template.jinja", "tokenizer.json"]
+    assert named(compare(out, source)) == (["README.md", *wrong] if is_ours else wrong)
+
+    config = read_json(out / "config.json")
+    config["rope_theta"] = 1
+    config["num_attention_heads"] *= 2
+    config["new"] = True
+    del config["rms_norm_eps"]
+    (out / "config.json").write_text(json.dumps(config))
+    keys = {where for where in named(compare(out, source)) if where.startswith("config.json")}
+    expected = {"num_attention_heads", "rms_norm_eps"} | ({"new"} if is_ours else set())
+    if "rope_theta" in read_json(source / "config.json") or is_ours:
+        expected.add("rope_theta")
+    assert keys == {f"config.json: {key}" for key in expected}
+
+
+def test_a_sample_has_the_first_and_the_last(tmp_path):
+    source = FIXTURES / "qwen3_moe" / "source"
+    out = convert(source, tmp_path / "out", format="nvfp4")
+    every = compare(out, source).differences
+    for count, slabs in ((1, 2), (2, 2), (5, 5), (64, 32)):
+        findings = compare(out, source, sample=count)
+        assert findings.counts["copied tensors compared"] == min(slabs, 21)
+        found = findings.differences
+        assert found[0] == every[0]
+        assert found[-1] == every[-1]
+        assert len({(d.module.rpartition(".")[0], "down" in d.module) for d in found}) == slabs
+    assert compare(out, source, sample=5) == compare(out, source, sample=5)
+    edit(out, **flip("model.layers.0.mlp.experts.1.up_proj.weight"))
+    assert compare(out, source, sample=2).is_clean
+    assert not compare(out, source, sample=64).is_clean
+
+
+@pytest.mark.parametrize("model", ["qwen3_moe", "llama4"])
+@pytest.mark.parametrize("number_format", ["nvfp4", "fp8-tensor"])
+def test_all_engines_find_the_same(tmp_path, model, number_format):
+    source = FIXTURES / model / "source"
+    theirs = FIXTURES / model / f"modelopt-{number_format.removesuffix('-tensor')}"
+    out = convert(
+        source, tmp_path / "out", format=number_format, stats=[FIXTURES / model / "stats.json"]
+    )
+    name = next(n for n in names_of(out) if n.endswith(("gate_proj.weight", "gate_up_proj")))
+    edit(out, **flip(name, item=7))
+    for folder in (out, theirs):
+        found = [compare(folder, source, backend=b) for b in (CPU, with_torch.backend("cpu"))]
+        assert found[0] == found[1]
+    assert not compare(out, source).is_clean
+
+
+def test_weights_that_are_no_numbers_are_findings(tmp_path):
+    source = tmp_path / "in"
+    shutil.copytree(FIXTURES / "qwen3_moe" / "source", source)
+    out = convert(source, tmp_path / "out", format="nvfp4")
+    fused = "model.layers.0.mlp.experts.down_proj"
+    edit(source, **{fused: lambda tensors: put(tensors[fused], 5, float("nan"))})
+    scale = "model.layers.1.mlp.experts.2.up_proj.weight_scale"
+    edit(out, **{scale: lambda tensors: put(tensors[scale], 3, float("nan"))})
+    found = {finding.where: finding.problem for finding in compare(out, source).found}
+    assert set(found) == {
+        "model.layers.0.mlp.experts.0.down_proj.weight",
+        "model.layers.1.mlp.experts.2.up_proj.weight",
+    }
+    assert all("nan" in problem for problem in found.values())
+
+
+def put(tensor, item, value):
+    tensor = tensor.clone()
+    tensor.view(-1)[item] = value
+    return tensor
+
+
+def test_a_layout_that_was_given_is_given_again(tmp_path):
+    """Square experts of a type that no table has."""
+    experts = matrices_of(3, 32, 32)
+    names = (f"{S.QWEN}.gate_up_proj", f"{S.QWEN}.down_proj")
+    stored = pack("fused-transposed", "interleaved", experts)
+    write(tmp_path / "in", dict(zip(names, stored, strict=True)), config_of("new", 3, 32, 32, 1))
+    given = {"layout": "fused-transposed", "gate_up_order": "interleaved"}
+    out = convert(tmp_path / "in", tmp_path / "out", **given)
+    findings = compare(out, tmp_path / "in")
+    assert findings.found == []
+    assert all(difference.is_exact for difference in findings.differences)

@@ -16,7 +16,7 @@ from typing import TypeVar
 from ..checkpoint import open_source
 from ..engines import Backend
 from ..headers import Shard
-from ..layouts import detect
+from ..layouts import Given, detect
 from ..options import Limits
 from ..pool import Pool, environment_faults
 from ..quantizer import Worker
@@ -64,7 +64,7 @@ def against_source(
     """
     source = open_source(source_dir)
     weights = weights_of(source)
-    detection = detect(weights.tensors, source.config)
+    detection = detect(weights.tensors, source.config, _given(subject))
     with environment_faults():
         check_config(subject, source, findings)
         check_side_files(subject, source, findings)
@@ -88,6 +88,12 @@ def against_source(
             with backend.around(), Pool(comparers, here) as pool:
                 pool.run((partial(_compare, comparers, n, p) for n, p in enumerate(chosen)), keep)
     report(subject, places, chosen, results, findings, is_all=sample is None)
+
+
+def _given(subject: Subject) -> Given:
+    """What a conversion of ours was told of the source's layout."""
+    options = subject.journal.head.origin["options"] if subject.journal else {}
+    return Given(options.get("--layout") or None, options.get("--gate-up-order") or None)
 
 
 def spread_over(items: Sequence[T], count: int | None) -> list[T]:

@@ -42,12 +42,12 @@ class Compared:
 
     ``unequal``: what differs from what would be written; None if that was not looked at.
     ``shared``: the amax that the scale of stacked experts stands for.
-    ``failure``: why the pair could not be compared, '' if it was.
+    ``failure``: which weight could not be compared, and why; None if all were.
     """
 
     measured: list[Measured] = field(default_factory=list)
     unequal: Mapping[str, Unequal] | None = None
-    failure: str = ""
+    failure: tuple[str, str] | None = None
     shared: float | None = None
 
 
@@ -76,15 +76,19 @@ class Comparer:
     def converted(self, worker: Worker, pair: MatrixPair) -> Compared:
         """How far matrices are from those of the source, and whether they are made again alike."""
         found = Compared()
+        names = [name for name in pair.names if name is not None]
+        at = names[0]
         try:
             for part, name in enumerate(pair.names):
                 if name is not None:
+                    at = name
                     found.measured.append(self._measure(pair, part, name))
+            at = names[0]
             if pair.is_made:
                 found.shared = self._shared(pair) if pair.job.is_stacked else None
                 found.unequal = self._made_again(worker, pair, found.shared)
         except CheckpointError as error:
-            found.failure = str(error)
+            found.failure = at, str(error)
         return found
 
     def _measure(self, pair: MatrixPair, part: int, name: str) -> Measured:

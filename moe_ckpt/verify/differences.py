@@ -65,8 +65,8 @@ class _Reporter:
         """Matrices that should be those of the source, rounded."""
         self._findings.counts["matrices compared"] += len(result.measured)
         if result.failure:
-            names = [self._where(name) for name in pair.names if name]
-            self._add(names[0], f"cannot be compared with the source: {result.failure}")
+            name, why = result.failure
+            self._add(self._where(name), f"cannot be compared with the source: {why}")
         unequal = result.unequal
         for measured in result.measured:
             tensors = [info.name for _, info, _ in self._places.parts(measured.name)]

@@ -33,6 +33,7 @@ from .subject import Subject
 __all__ = ["CopyPair", "MatrixPair", "Pairs", "pair_up"]
 
 _LOST = "the model runs without it, or on numbers that a runtime made up"
+_UNKNOWN = "whether its weights are those of the source is not known"
 _NO_STATS = Stats({}, {}, {}, ())
 _EVERYTHING = 1 << 62
 
@@ -259,6 +260,8 @@ class _Pairing:
         job, is_made = self._job(
             encoded, lambda make, target: _jobs(make.of_experts(found, target))[index]
         )
+        if job is None:
+            return
         # Ours are split or stacked, and of other fused ones the bytes are not compared.
         is_made = is_made and not any(map(self._places.fused_with, there))
         for slab, of_one in enumerate(present):
@@ -271,6 +274,8 @@ class _Pairing:
             {self._places.encoded_stack(stack)},
             lambda make, target: _jobs(make.of_fused_experts(found, target))[index],
         )
+        if job is None:
+            return
         shape = (found.num_experts, side.columns, sum(side.rows))
         there = self._places.shape_of_stack(stack)
         if shape != there:
@@ -290,20 +295,23 @@ class _Pairing:
         alike = len(ours) == len(there) == 1 and None not in names.values()
         target = find_format(next(iter(there)).format)
         shares = target.shares_dense_amax and not is_recoded(next(iter(ours)), target)
-        if alike and shares:
-            self._group(modules, names, made=True)
+        if alike and shares and self._group(modules, names, made=True):
             return
         for module in modules:
             self._group((module,), names, made=not shares or len(modules) == 1)
 
-    def _group(self, modules: Sequence[str], names: dict[str, str | None], *, made: bool) -> None:
+    def _group(self, modules: Sequence[str], names: dict[str, str | None], *, made: bool) -> bool:
+        """Add linear layers as one slab; False if no job has them so."""
         found = [names[module] for module in modules]
         encoded = {self._out.encoded(name) for name in found if name is not None}
         job, is_made = self._job(
             encoded, lambda make, target: _only(make.of_linears(modules, target))
         )
+        if job is None:
+            return False
         self._explained.update(name for name in found if name is not None)
         self._matrices(job, 0, found, is_made=is_made and made)
+        return True
 
     # Matrices of both
 
@@ -324,8 +332,12 @@ class _Pairing:
 
     def _job(
         self, encoded: set[Encoded], make: Callable[[UnitMaker, QuantFormat], Job | None]
-    ) -> tuple[Job, bool]:
-        """The job that makes what is there, and True; else one that only reads the source."""
+    ) -> tuple[Job | None, bool]:
+        """The job that makes what is there, and True; else one that only reads the source.
+
+        None if there is none: linear layers that share nothing are a job each, and what the
+        source stores in a way that makes no job is a finding.
+        """
         if len(encoded) == 1:
             (there,) = encoded
             problems = Problems()
@@ -337,9 +349,14 @@ class _Pairing:
             if job is not None and _stores(job, there):
                 return _placed(replace(job, inverse=there.inverse)), True
         problems = Problems()
-        job = make(self._maker(problems), find_format("bf16"))
-        problems.check()
-        assert job is not None
+        try:
+            job = make(self._maker(problems), find_format("bf16"))
+            problems.check()
+        except InputError as error:
+            for text in error.problems:
+                where, _, problem = text.partition(": ")
+                self._add(where, f"cannot be compared with the source: {problem}", _UNKNOWN)
+            return None, False
         return job, False
 
     def _maker(self, problems: Problems) -> UnitMaker:
