@@ -203,6 +203,7 @@ def convert(
     from .planner import make_plan
     from .progress import Progress
     from .report import plan_document, plan_lines, result_lines
+    from .resume import check_resumable
 
     limits = Limits(workers, memory, device_memory)
     check_out_dir(Path(in_dir), Path(out_dir), overwrite=overwrite)
@@ -211,6 +212,7 @@ def convert(
         _say(plan_lines(plan, limits))
     _say_notes(plan, quiet)
     if dry_run:
+        check_resumable(plan, Path(out_dir), overwrite=overwrite)
         if as_json:
             _print_json(plan_document(plan, limits))
         return

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["publish", "sync_folder"]
+__all__ = ["publish", "sync_folder", "write_new"]
+
+
+def write_new(path: Path, pieces: Iterable[bytes]) -> tuple[int, str]:
+    """Write a file that is not there yet, to the disk; returns its bytes and its SHA-256."""
+    nbytes, state = 0, hashlib.sha256()
+    with path.open("xb") as file:
+        for piece in pieces:
+            file.write(piece)
+            state.update(piece)
+            nbytes += len(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return nbytes, state.hexdigest()
 
 
 def publish(partial: Path, final: Path) -> None:

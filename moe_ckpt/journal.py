@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .durable import publish, sync_folder
+from .durable import publish, sync_folder, write_new
 from .errors import InputError, OutputRefusedError, show
 from .plan import Plan
 from .regular import read_regular
@@ -126,10 +126,7 @@ class JournalWriter:
         head = {"schema": SCHEMA, "version": VERSION}
         head |= {key: getattr(self._head, key) for key in Head.__slots__}
         partial = self._path.with_name(f"journal.{self._token}.partial")
-        with partial.open("xb") as file:
-            file.write(b"".join([_line(head), *(_line(_row(r)) for r in self.records.values())]))
-            file.flush()
-            os.fsync(file.fileno())
+        write_new(partial, [_line(head), *(_line(_row(r)) for r in self.records.values())])
         publish(partial, self._path)
         sync_folder(self._path.parent.parent)
 
@@ -155,6 +152,7 @@ def _is_unsound(record: Record) -> bool:
 
 def _is_origin(origin: object) -> bool:
     """Whether a JSON value has what `origin.differences` looks at."""
-    if not isinstance(origin, dict) or not {"version", "headers", "mtimes"} <= origin.keys():
+    texts = {"version", "headers", "config", "mtimes"}
+    if not isinstance(origin, dict) or not texts <= origin.keys():
         return False
     return all(isinstance(origin.get(key), dict) for key in ("options", "files"))

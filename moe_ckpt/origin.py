@@ -7,6 +7,7 @@ side by side.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -22,13 +23,14 @@ __all__ = ["Origin", "differences", "file_sha256", "origin_of"]
 class Origin:
     """What decides the bytes of an output, beside the source's own bytes.
 
-    ``headers`` and ``mtimes``: digests over the source's names, sizes and headers, and over the
-    modification times of its shards. ``options``: those that decide a byte. ``files``: option ->
-    SHA-256 of the files given with it.
+    ``headers``: digest over the source's files, their sizes and the headers of shards; ``config``:
+    over its config.json; ``mtimes``: over the modification times of its shards. ``options``: those
+    that decide a byte. ``files``: option -> SHA-256 of the files given with it.
     """
 
     version: str
     headers: str
+    config: str
     mtimes: str
     options: Mapping[str, str]
     files: Mapping[str, tuple[str, ...]]
@@ -48,6 +50,8 @@ def origin_of(options: Options, source: Source) -> Origin:
     for shard in source.shards.values():
         headers.update(_bytes(f"{shard.name} {shard.nbytes}\n"))
         mtimes.update(_bytes(f"{shard.name} {shard.mtime_ns}\n"))
+    for file in source.side_files:
+        headers.update(_bytes(f"{file.name} {file.nbytes}\n"))
     for info in source.tensors.values():
         headers.update(_bytes(f"{info.name} {info.dtype} {info.shape} {info.offset}\n"))
     is_recipe = options.recipe is not None
@@ -68,7 +72,15 @@ def origin_of(options: Options, source: Source) -> Origin:
         "--weight-amax": _paths(options.weight_amax),
     }
     files = {option: tuple(sorted(map(file_sha256, paths))) for option, paths in given.items()}
-    return Origin(__version__, headers.hexdigest(), mtimes.hexdigest(), chosen, files)
+    config = hashlib.sha256(json.dumps(source.config).encode())
+    return Origin(
+        version=__version__,
+        headers=headers.hexdigest(),
+        config=config.hexdigest(),
+        mtimes=mtimes.hexdigest(),
+        options=chosen,
+        files=files,
+    )
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -77,6 +89,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[s
         yield f"moe-ckpt {before['version']} began it, this is {now['version']}"
     if before["headers"] != now["headers"]:
         yield "the source has other files, sizes or headers"
+    elif before["config"] != now["config"]:
+        yield "the source's config.json says other things"
     elif before["mtimes"] != now["mtimes"]:
         yield "files of the source were written since"
     for option, value in now["options"].items():

@@ -302,12 +302,21 @@ class Plan:
         state.update(json.dumps([self.dialect, dict(self.files)]).encode())
         for source in self.source_shards:
             state.update(f"{source.name} {source.nbytes}\n".encode())
+        # There can be 300,000 tensors, so values that many of them share are written once.
+        kinds: dict[tuple[str, tuple[int, ...]], int] = {}
         for shard in self.shards:
-            state.update(shard.name.encode())
-            state.update(header_of(shard.tensors))
-            copies = [replace(copy, reason="") for copy in shard.copies]
-            for item in (*shard.jobs, *copies, *shard.constants):
+            state.update(
+                "\n".join([shard.name, *(tensor.name for tensor in shard.tensors)]).encode()
+            )
+            seen = [kinds.setdefault((t.dtype, t.shape), len(kinds)) for t in shard.tensors]
+            state.update(repr(seen).encode())
+            for job in shard.jobs:
+                reads = [tuple(read) for slab in job.slabs for r in slab.reads for read in r]
+                made = [(slab.modules, slab.amax) for slab in job.slabs]
+                state.update(repr((reads, made, replace(job, slabs=()))).encode())
+            for item in (*(replace(copy, reason="") for copy in shard.copies), *shard.constants):
                 state.update(repr(item).encode())
+        state.update(repr(list(kinds)).encode())
         return state.hexdigest()
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from .checkpoint import CONFIG, INDEX
 from .errors import OutputRefusedError, show, show_some
-from .journal import Head, Journal, Record
+from .journal import Head, Journal, Record, head_of
 from .origin import differences, file_sha256
-from .out_dir import files_in, foreign_files
+from .out_dir import check_out_dir, files_in, foreign_files
 from .plan import OutShard, Plan, header_of
 
-__all__ = ["finished_files", "output_names", "refuse_other"]
+__all__ = ["check_resumable", "finished_files", "output_names", "refuse_other"]
 
 MTIMES = "mtimes"
 
@@ -25,6 +25,17 @@ def output_names(plan: Plan) -> list[str]:
     names = [shard.name for shard in plan.shards]
     names += [file.name for file in plan.side_files]
     return [*names, *plan.files, *([INDEX] if len(plan.shards) > 1 else [])]
+
+
+def check_resumable(plan: Plan, out_dir: Path, *, overwrite: bool = False) -> None:
+    """Refuse an output folder as a conversion would, from what can be read of it.
+
+    Raises:
+        OutputRefusedError: it is not ours to write, or of another conversion.
+    """
+    journal = check_out_dir(plan.root, out_dir, overwrite=overwrite)
+    if journal and not overwrite:
+        refuse_other(journal.head, head_of(plan), out_dir)
 
 
 def refuse_other(before: Head, now: Head, out_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from .amax_file import amax_text, source_digest
 from .checkpoint import open_source
 from .dialects import find_dialect
 from .dtypes import FLOATS
+from .durable import publish, write_new
 from .engines import Backend
 from .errors import OutputRefusedError, Problems, show
 from .formats import find_format
@@ -78,12 +80,11 @@ def scan(
     with environment_faults():
         with pool_over(source.shards.values(), backend, budget) as pool:
             pool.run((partial(_amax, batch=b) for job in jobs for b in batches(job, budget)), done)
-        partial_file = path.with_name(f"{path.name}.partial")
+        text = amax_text(source_digest(source), dict(sorted(modules.items())))
+        partial_file = path.with_name(f"moe-ckpt-{secrets.token_hex(8)}.partial")
         try:
-            partial_file.write_text(
-                amax_text(source_digest(source), dict(sorted(modules.items()))), encoding="utf-8"
-            )
-            partial_file.replace(path)
+            write_new(partial_file, [text.encode()])
+            publish(partial_file, path)
         finally:
             partial_file.unlink(missing_ok=True)
     return len(modules)

@@ -11,7 +11,7 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import safe_open
 
 from .checkpoint import INDEX
-from .durable import publish, sync_folder
+from .durable import publish, sync_folder, write_new
 from .errors import MoeCkptError
 from .journal import JOURNAL, PRIVATE, Head, JournalWriter, Record
 from .lock import locked
@@ -158,17 +158,11 @@ class OutputFolder:
                 (self.root / JOURNAL).unlink(missing_ok=True)
             remove_folders(self.root, self._order)
 
-    def _write(self, name: str, pieces: Iterator[bytes] | list[bytes]) -> None:
+    def _write(self, name: str, pieces: Iterable[bytes]) -> None:
         """Write a file that is not a shard, complete or not at all."""
-        path, state, nbytes = self._partial(name), hashlib.sha256(), 0
-        with path.open("xb") as file:
-            for piece in pieces:
-                file.write(piece)
-                state.update(piece)
-                nbytes += len(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        self._publish(path, Record(name, nbytes, state.hexdigest()))
+        path = self._partial(name)
+        nbytes, digest = write_new(path, pieces)
+        self._publish(path, Record(name, nbytes, digest))
 
     def _publish(self, path: Path, record: Record) -> None:
         self._journal.add(record)

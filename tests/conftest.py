@@ -90,3 +90,17 @@ def write_headers(
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture
+def slow_model(tmp_path):
+    """A checkpoint that takes some seconds: sparse, so zeros, and no disk."""
+    E, I, H = 64, 512, 1024
+    tensors = {}
+    for layer in range(4):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        tensors[f"{prefix}.gate_up_proj"] = ("BF16", [E, 2 * I, H])
+        tensors[f"{prefix}.down_proj"] = ("BF16", [E, H, I])
+    config = {"model_type": "qwen3_moe", "num_experts": E, "moe_intermediate_size": I}
+    config |= {"hidden_size": H, "num_hidden_layers": 4}
+    return write_headers(tmp_path / "in", {"model.safetensors": tensors}, config)

@@ -183,22 +183,6 @@ def test_the_public_functions_stay_functions(tmp_path):
         _ = moe_ckpt.nothing
 
 
-@pytest.fixture
-def slow_model(tmp_path):
-    """A checkpoint that takes some seconds: sparse, so zeros, and no disk."""
-    from conftest import write_headers
-
-    E, I, H = 64, 512, 1024
-    tensors = {}
-    for layer in range(4):
-        prefix = f"model.layers.{layer}.mlp.experts"
-        tensors[f"{prefix}.gate_up_proj"] = ("BF16", [E, 2 * I, H])
-        tensors[f"{prefix}.down_proj"] = ("BF16", [E, H, I])
-    config = {"model_type": "qwen3_moe", "num_experts": E, "moe_intermediate_size": I}
-    config |= {"hidden_size": H, "num_hidden_layers": 4}
-    return write_headers(tmp_path / "in", {"model.safetensors": tensors}, config)
-
-
 def interrupt(args, out, number, handler, code):
     """Send a signal in mid-work to a command started with a handler for it; returns stderr."""
     start = partial(signal.signal, number, handler) if number != signal.SIGKILL else None

@@ -250,6 +250,16 @@ def test_words_without_quantized_weights_are_found(tmp_path):
         ),
         (remove(ROUTER), ROUTER, ("is not quantized", "it is fp8-block")),
         (remove("lm_head"), "lm_head", ("and transformers read that it is fp8-block",)),
+        (
+            lambda said: said.update(ignored_layers=["lm_head"]),
+            ROUTER,
+            ("and vLLM and SGLang read that it is fp8-block",),
+        ),
+        (
+            lambda said: said.update(ignored_layers=said.pop("modules_to_not_convert")),
+            ROUTER,
+            ("and TensorRT-LLM and transformers read that it is fp8-block",),
+        ),
         (append("model.layers.0.mlp.experts"), LAYER, ("is fp8-block", "vLLM")),
         (append(f"{LAYER}.3.up_proj"), LAYER, ("is fp8-block", "vLLM")),
     ],

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 
-from ..announced import HF_QUANT_CONFIG, Announced
+from ..announced import HF_QUANT_CONFIG
 from ..dialects.matching import (
     SGLANG,
     TRANSFORMERS,
@@ -17,11 +16,12 @@ from ..dialects.matching import (
     built_modules,
 )
 from ..errors import show, show_some
-from ..kv_cache import KV_SCALES
 from ..layouts.sizes import model_type_of
 from ..modules import reason_to_keep
+from .config_words import check_kv_cache, check_single_experts, check_two_files
 from .findings import Findings, Runtime
-from .inventory import Inventory, Module, expert_of
+from .inputs import check_inputs
+from .inventory import Inventory, Module
 from .readings import Reading, read_config
 from .runtimes import runtimes_of
 from .scales import GATE_UP
@@ -45,18 +45,7 @@ _READ_AS_PLAIN = (
 )
 _READ_AS_OTHER = "they build it for another format: loading stops, or the weights are wrong"
 _REFUSED = "they stop, for they build it as one module and it is listed in part, or not at all"
-# What vLLM wants of the file, where it goes by it.
-_KEYS_BESIDE = {
-    **dict.fromkeys(
-        ("NVFP4", "W4A16_NVFP4"), ("group_size", "kv_cache_quant_algo", "exclude_modules")
-    ),
-    "MXFP8": ("kv_cache_quant_algo", "exclude_modules"),
-}
-
 _WORDS = "runtimes stop at it, or build all modules for another format"
-_TWO_FILES = (
-    "TensorRT-LLM goes by hf_quant_config.json, vLLM and SGLang by config.json: one is wrong"
-)
 
 
 def check_config(subject: Subject, inventory: Inventory, findings: Findings) -> None:
@@ -115,13 +104,13 @@ def _check(
             "runtimes build quantized modules and find no codes and scales for them",
         )
         return {*loaders}
-    _check_two_files(subject, readings, findings)
-    _check_single_experts(inventory, readings, findings)
+    check_two_files(subject, readings, findings)
+    check_single_experts(inventory, readings, findings)
     by_runtime = _by_runtime(readings)
     known = {runtime: by_runtime[runtime] for runtime in by_runtime if runtime in loaders}
     misled = _check_modules(subject, modules, known or by_runtime, findings)
-    _check_inputs(inventory, by_runtime, findings)
-    _check_kv_cache(subject, findings)
+    check_inputs(inventory, by_runtime, findings)
+    check_kv_cache(subject, findings)
     return misled | {runtime for runtime in loaders if runtime not in by_runtime}
 
 
@@ -255,158 +244,3 @@ def _is_plain_anyway(
         # transformers leaves it out itself if there is no list.
         return runtime != TRANSFORMERS or not reading.has_list
     return reason_to_keep(name) == "router" and model_type.startswith(_PLAIN_ROUTERS)
-
-
-def _check_two_files(subject: Subject, readings: Mapping[str, Reading], findings: Findings) -> None:
-    """config.json and hf_quant_config.json must say the same."""
-    beside = next((said for said in subject.said if said.where == HF_QUANT_CONFIG), None)
-    config = next((said for said in subject.said if said.where != HF_QUANT_CONFIG), None)
-    if beside is None or config is None:
-        return
-    if config.method != "modelopt":
-        findings.add(
-            "config",
-            HF_QUANT_CONFIG,
-            f"is there beside quant_method {show(config.method)!r} in config.json",
-            _TWO_FILES,
-        )
-        return
-    one, other = readings[config.where], readings[HF_QUANT_CONFIG]
-    differences = [
-        f'has no "{key}", which vLLM wants there'
-        for key in _KEYS_BESIDE.get(str(beside.said.get("quant_algo")).upper(), ())
-        if key not in beside.said
-    ]
-    algos = [str(said.said.get("quant_algo", "")).upper() for said in (config, beside)]
-    if algos[0] != algos[1]:
-        differences.append(f"quant_algo is {show(algos[1])}, in config.json {show(algos[0])}")
-    for name, here, there in (
-        ("exclude_modules", other.entries, one.entries),
-        ("quantized_layers", tuple(other.layers.items()), tuple(one.layers.items())),
-    ):
-        more, less = sorted({*here} - {*there}), sorted({*there} - {*here})
-        if more:
-            differences.append(f"{name} has {show_some(more)}, and config.json has not")
-        if less:
-            differences.append(f"{name} lacks {show_some(less)}, which config.json has")
-    schemes = [_has_kv_cache(said) for said in (config, beside)]
-    if schemes[0] != schemes[1]:
-        said = ["an FP8 KV cache" if has else "no FP8 KV cache" for has in schemes]
-        differences.append(f"says {said[1]}, and config.json {said[0]}")
-    for difference in differences:
-        findings.add("config", HF_QUANT_CONFIG, difference, _TWO_FILES)
-
-
-def _has_kv_cache(said: Announced) -> bool:
-    return said.has_kv_cache
-
-
-def _check_single_experts(
-    inventory: Inventory, readings: Mapping[str, Reading], findings: Findings
-) -> None:
-    """Report experts that are listed one by one where the layer is quantized."""
-    for where, reading in readings.items():
-        for entry in reading.entries:
-            found = None if entry.startswith("re:") else expert_of(_whole_name(entry))
-            experts = inventory.experts.get(found[0]) if found else None
-            if experts and any(module.is_quantized for module in experts.matrices):
-                findings.add(
-                    "config",
-                    show(entry),
-                    f"is listed as not quantized in {where}, one expert of a layer that is",
-                    "vLLM builds all experts of the layer in 16 bits, and stops at their shapes",
-                )
-
-
-def _whole_name(entry: str) -> str:
-    """An entry as the name of a matrix: an expert may be named without its projection."""
-    entry = entry.rstrip("*").rstrip(".")
-    return f"{entry}.x" if re.search(r"experts\.[0-9]+$", entry) else entry
-
-
-def _check_inputs(
-    inventory: Inventory, by_runtime: Mapping[str, Reading], findings: Findings
-) -> None:
-    """Report modules without an activation scale that runtimes take one of."""
-    reading = next(iter(by_runtime.values()), None)
-    if reading is None or not reading.static:
-        return
-    bare = {
-        module.name: module
-        for module in inventory.quantized
-        if module.tensor("input_scale") is None
-        and module.format.removesuffix("-w4a16") in reading.static
-    }
-    if not bare:
-        return
-    for name, experts in inventory.experts.items():
-        members = {module.name: module for module in experts.matrices if module.name in bare}
-        found = _read(reading, Built(name, tuple(members), None, is_experts=True))
-        if members and found in reading.static and not _is_told_already(members, findings):
-            _add_bare(next(iter(members.values())), len(members), findings)
-    for name in bare:
-        if name in inventory.linears and _read(reading, Built(name, (name,), None)):
-            _add_bare(bare[name], 1, findings)
-
-
-def _read(reading: Reading, module: Built) -> str | None:
-    try:
-        return next(iter(reading.readers.values()))(module)
-    except UndecidedError:
-        return None
-
-
-def _is_told_already(members: Mapping[str, Module], findings: Findings) -> bool:
-    told = {finding.where for finding in findings.found if finding.part == "structure"}
-    return any(where.startswith(f"{name}.input") for name in members for where in told)
-
-
-def _add_bare(module: Module, count: int, findings: Findings) -> None:
-    inputs = "input_global_scale" if module.inverse else "input_scale"
-    more = f", and {count - 1} more of the layer lack it too" if count > 1 else ""
-    findings.add(
-        "structure",
-        show(f"{module.name}.{inputs}"),
-        f"is missing; the configuration says that activations have a static scale{more}",
-        "vLLM takes what memory held for NVFP4 and 1.0 for FP8, SGLang takes 1.0: nothing is said",
-    )
-
-
-def _check_kv_cache(subject: Subject, findings: Findings) -> None:
-    """A scheme for the KV cache and its scales go together."""
-    tensors = subject.source.tensors
-    scales = [name for name in tensors if name.endswith(KV_SCALES)]
-    announced = any(said.has_kv_cache for said in subject.said)
-    any_scheme = announced or any(said.unknown_kv_cache for said in subject.said)
-    if announced and not scales:
-        findings.add(
-            "config",
-            show(subject.said[0].where),
-            "says that the KV cache is FP8, and there is no k_scale and v_scale",
-            "vLLM warns and takes 1.0: keys and values above 448 are cut off",
-        )
-    if scales and not any_scheme:
-        findings.add(
-            "config",
-            show(scales[0]),
-            f"is one of {len(scales)} scales of a KV cache that no file says is quantized",
-            "runtimes keep the cache in 16 bits, and loaders that know no such name stop",
-        )
-    for name in scales:
-        other = re.sub(r"(k_proj\.k|v_proj\.v|k|v)_scale$", _other_scale, name)
-        if other not in tensors:
-            findings.add(
-                "config",
-                show(other),
-                f"is missing beside {show(name)}",
-                "vLLM takes the one for both",
-            )
-
-
-def _other_scale(match: re.Match[str]) -> str:
-    return {
-        "k_proj.k": "v_proj.v_scale",
-        "v_proj.v": "k_proj.k_scale",
-        "k": "v_scale",
-        "v": "k_scale",
-    }[match[1]]
