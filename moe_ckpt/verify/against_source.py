@@ -81,7 +81,7 @@ def against_source(
         with _readers(source.shards.values(), subject.source.shards.values()) as (here, there):
             comparers = {
                 Worker(here, backend.make(), budget): Comparer(
-                    here, there, backend.make(), budget, places
+                    here, there, backend.make(), budget, places, is_ours=subject.is_ours
                 )
                 for _ in range(budget.workers)
             }

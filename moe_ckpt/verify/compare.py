@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -61,7 +61,10 @@ class Comparer:
         engine: Engine,
         budget: Budget,
         places: Places,
+        *,
+        is_ours: bool,
     ) -> None:
+        self._is_ours = is_ours
         self._there = there
         self._chunk_items = budget.chunk_items
         self._places = places
@@ -82,7 +85,7 @@ class Comparer:
             for part, name in enumerate(pair.names):
                 if name is not None:
                     at = name
-                    found.measured.append(self._measure(pair, part, name))
+                    found.measured += self._measure(pair, part, name)
             at = names[0]
             if pair.is_made:
                 found.shared = self._shared(pair) if pair.job.is_stacked else None
@@ -91,12 +94,25 @@ class Comparer:
             found.failure = at, str(error)
         return found
 
-    def _measure(self, pair: MatrixPair, part: int, name: str) -> Measured:
+    def _measure(self, pair: MatrixPair, part: int, name: str) -> Iterator[Measured]:
+        """How far a matrix is from the source, unless its bytes say all there is to know."""
         wanted, matrix = Matrix(pair.job, pair.slab, part), self._places.matrix(name)
         source, there = self._sides
         module = name.removesuffix(".weight")
-        found = distance(source, wanted, there, matrix, self._chunk_items)
-        return Measured(name, module, matrix.job.encoded.format, found)
+        theirs = matrix.job.encoded
+        is_copied = pair.job.encoded.is_plain and theirs.is_plain
+        by_bytes = pair.is_made and (self._is_ours or is_copied)
+        if by_bytes and theirs.is_plain:
+            return
+        found = distance(
+            source,
+            wanted,
+            there,
+            matrix,
+            chunk_items=self._chunk_items,
+            is_bounded=not by_bytes,
+        )
+        yield Measured(name, module, theirs.format, found)
 
     def _made_again(
         self, worker: Worker, pair: MatrixPair, shared: float | None

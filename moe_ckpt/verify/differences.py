@@ -63,27 +63,35 @@ class _Reporter:
 
     def converted(self, pair: MatrixPair, result: Compared) -> None:
         """Matrices that should be those of the source, rounded."""
-        self._findings.counts["matrices compared"] += len(result.measured)
+        names = [name for name in pair.names if name is not None]
+        self._findings.counts["matrices compared"] += len(names)
         if result.failure:
             name, why = result.failure
             self._add(self._where(name), f"cannot be compared with the source: {why}")
+        found = {measured.name: measured for measured in result.measured}
+        for name in names:
+            self._matrix(pair, result, name, found.get(name))
+
+    def _matrix(
+        self, pair: MatrixPair, result: Compared, name: str, measured: Measured | None
+    ) -> None:
         unequal = result.unequal
-        for measured in result.measured:
-            tensors = [info.name for _, info, _ in self._places.parts(measured.name)]
-            wrong = [unequal[name] for name in tensors if name in unequal] if unequal else []
-            is_exact = None if unequal is None else not wrong
-            if measured.format != _PLAIN:
-                snr_db = measured.distance.snr_db
-                self._findings.differences.append(
-                    Difference(measured.module, measured.format, is_exact, snr_db)
-                )
-            is_copied = measured.format == _PLAIN and pair.job.encoded.is_plain
-            if is_exact is not None and (self._is_ours or is_copied):
-                for one in wrong:
-                    again = "" if is_copied else " when the source is quantized again"
-                    self._add(one.tensor.name, f"{one.describe()}{again}")
-            elif not is_exact:
-                self._check_bound(measured)
+        tensors = [info.name for _, info, _ in self._places.parts(name)]
+        wrong = [unequal[tensor] for tensor in tensors if tensor in unequal] if unequal else []
+        is_exact = None if unequal is None else not wrong
+        is_plain = measured is None or measured.format == _PLAIN
+        is_copied = is_plain and pair.job.encoded.is_plain
+        if is_exact is not None and (self._is_ours or is_copied):
+            for one in wrong:
+                again = "" if is_copied else " when the source is quantized again"
+                self._add(one.tensor.name, f"{one.describe()}{again}")
+        elif measured is not None and not is_exact and not result.failure:
+            self._check_bound(measured)
+        if measured is not None and not is_plain:
+            snr_db = measured.distance.snr_db
+            self._findings.differences.append(
+                Difference(measured.module, measured.format, is_exact, snr_db)
+            )
             if result.shared is not None and not pair.job.is_recoded:
                 self._remember(pair.job, measured, result.shared)
 

@@ -58,14 +58,17 @@ class Distance:
         first_row: int,
         expected: NDArray[np.float32],
         found: NDArray[np.float32],
-        bound: NDArray[np.float32],
+        magnitude: NDArray[np.float32],
+        bound: NDArray[np.float32] | None,
     ) -> None:
         """Take account of some rows, all [rows, K]."""
         error = np.abs(expected - found)
         self.count += expected.size
-        self.signal += float(np.square(expected, dtype=np.float64).sum())
-        self.noise += float(np.square(error, dtype=np.float64).sum())
-        self.largest = max(self.largest, float(np.abs(expected).max(initial=0)))
+        self.signal += _power(expected)
+        self.noise += _power(error)
+        self.largest = max(self.largest, float(magnitude.max(initial=0)))
+        if bound is None:
+            return
         within = error <= bound
         if within.all():
             return
@@ -89,9 +92,14 @@ def distance(
     wanted: Matrix,
     there: MatrixReader,
     matrix: Matrix,
+    *,
     chunk_items: int = _CHUNK_ITEMS,
+    is_bounded: bool = True,
 ) -> Distance:
-    """Compare two matrices of the same shape, each from its own checkpoint."""
+    """Compare two matrices of the same shape, each from its own checkpoint.
+
+    ``is_bounded``: whether errors are held against the bound.
+    """
     found = Distance()
     ours, theirs = wanted.job.encoded, matrix.job.encoded
     step = max(1, min(_CHUNK_ITEMS, chunk_items) // max(matrix.job.columns, 1))
@@ -102,14 +110,24 @@ def distance(
             expected = source.values(wanted, start, stop)
             values = there.values(matrix, start, stop)
             magnitude = np.abs(expected)
-            if theirs.is_plain:
+            bound = None
+            if is_bounded and theirs.is_plain:
                 bound = magnitude * np.float32(slack)
-            else:
+            elif is_bounded:
                 of_format = bound_of(theirs.format)
                 scale = there.scales(matrix, start, stop, of_format.one)
                 bound = of_format.of(magnitude, scale, slack)
-            found.add(start, expected, values, bound)
+            found.add(start, expected, values, magnitude, bound)
     return found
+
+
+def _power(values: NDArray[np.float32]) -> float:
+    """The sum of squares; in float32, which is faster, unless it leaves its range."""
+    flat = values.reshape(-1)
+    found = float(np.dot(flat, flat))
+    if 1e-20 < found < 1e30:
+        return found
+    return float(np.square(flat, dtype=np.float64).sum())
 
 
 def _slack(ours: Encoded, theirs: Encoded) -> float:

@@ -43,8 +43,8 @@ class Matrix(NamedTuple):
 class MatrixReader:
     """Reads matrices of one checkpoint, for one thread.
 
-    Of slabs that are stored transposed it keeps as many columns as fit the stage: each is read
-    with a call for every row.
+    Of slabs that are stored transposed it keeps as many columns as fit half of the stage: they
+    are read with a call for every row.
     """
 
     def __init__(self, reader: SourceReader, engine: Engine, budget: Budget) -> None:
@@ -116,7 +116,7 @@ class MatrixReader:
         self._kept = None  # before its successor is made
         job = matrix.job
         nbytes = sum(part.row_nbytes(job.columns) for part in job.encoded.parts)
-        end = min(matrix.rows, max(stop, start + self._budget.stage_nbytes // nbytes))
+        end = min(matrix.rows, max(stop, start + self._budget.stage_nbytes // 2 // nbytes))
         found = {
             part.role: self._part(matrix, index, part, start, end)
             for index, part in enumerate(job.encoded.parts)
