@@ -33,9 +33,19 @@ class Loader:
         On the engine's device. Weights that are not quantized keep their dtype, others become
         float32.
         """
-        job = batch.job
-        if job.encoded.is_plain:
+        if batch.job.encoded.is_plain:
             return self._engine.weights(self._rows(batch, start, stop))
+        return self._decoded(batch, start, stop)
+
+    def scales(self, batch: Batch, start: int, stop: int, one: int) -> Any:
+        """What a code of 1 would stand for at each of these quantized weights.
+
+        Like `weights`; ``one`` is the byte that codes of 1 are made of.
+        """
+        return self._decoded(batch, start, stop, one)
+
+    def _decoded(self, batch: Batch, start: int, stop: int, one: int | None = None) -> Any:
+        job = batch.job
         K = job.columns
         out = self._engine.empty("decoded", (batch.count, stop - start, K))
         step = job.encoded.row_step
@@ -47,7 +57,9 @@ class Loader:
             for aligned in range(first // step * step, last, rows):
                 end = min(aligned + rows, last)
                 parts = {
-                    part.role: self._part(batch, r, part, aligned, end)
+                    part.role: self._ones(batch, part, end - aligned, one)
+                    if one is not None and part.role == "qweight"
+                    else self._part(batch, r, part, aligned, end)
                     for part in job.encoded.parts
                     if not part.is_scalar
                 }
@@ -138,6 +150,13 @@ class Loader:
             # Zero is what some write for zeros.
             bad = ~(np.isfinite(values) & (values >= 0))
             _refuse(bad, batch, r, part.role, values, first)
+        return items
+
+    def _ones(self, batch: Batch, part: Part, rows: int, one: int) -> NDArray[Any]:
+        """Codes of 1."""
+        shape = (batch.count, *part.shape(rows, batch.job.columns))
+        items = host_items(self._engine, part.role, part.dtype, shape)
+        items.view(np.uint8)[...] = one
         return items
 
     def _rows(self, batch: Batch, start: int, stop: int) -> NDArray[Any]:

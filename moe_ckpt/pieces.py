@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import lcm
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,15 @@ from .engines import Engine, host_items
 from .formats import Part, find_format
 from .plan import Job, Region
 from .schedule import Batch, Budget
-from .writer import ShardWriter
 
-__all__ = ["Chunk", "PieceWriter", "cut", "write"]
+__all__ = ["Chunk", "PieceWriter", "Sink", "cut", "write"]
+
+
+class Sink(Protocol):
+    """Where the bytes of tensors go: a `ShardWriter`, or a check of what is there already."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Take bytes; ``offset`` is that of a job's `Region`, or of a `Copy`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +74,7 @@ class PieceWriter:
         self._budget = budget
 
     def chunks(
-        self, batch: Batch, piece: tuple[int, int], shape: tuple[int, ...], out: ShardWriter
+        self, batch: Batch, piece: tuple[int, int], shape: tuple[int, ...], out: Sink
     ) -> Iterator[Chunk]:
         """The chunks of a piece [B, P, N, K], to be filled; after the last, it is written.
 
@@ -100,7 +106,7 @@ class PieceWriter:
         region: Region,
         part: Part,
         buffer: NDArray[Any],
-        out: ShardWriter,
+        out: Sink,
     ) -> None:
         job, (start, stop) = batch.job, piece
         offset = region.offset + batch.start * region.slab_nbytes
@@ -160,7 +166,7 @@ class PieceWriter:
                     yield slice(b, b + 1), slice(n, min(n + rows, N)), slice(k, min(k + columns, K))
 
 
-def write(out: ShardWriter, offset: int, values: NDArray[Any]) -> None:
+def write(out: Sink, offset: int, values: NDArray[Any]) -> None:
     """Write the bytes of an array, in the order of its items."""
     out.write(offset, np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 

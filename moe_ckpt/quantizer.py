@@ -20,13 +20,12 @@ from .formats.scales import scale_of
 from .loader import Loader
 from .magnitudes import Magnitudes, rows_of_piece
 from .orientation import matrices_of
-from .pieces import PieceWriter, cut, write
+from .pieces import PieceWriter, Sink, cut, write
 from .plan import Copy, Job
 from .reader import SourceReader
 from .scalars import stored_scalars, write_scalars
 from .schedule import Batch, Budget, split
 from .stored import DTYPES, numbers
-from .writer import ShardWriter
 
 __all__ = ["Worker"]
 
@@ -54,7 +53,7 @@ class Worker:
         self._magnitudes = Magnitudes(self._loader, self._engine, budget)
         self._pieces = PieceWriter(self._engine, budget)
 
-    def copy(self, item: Copy, out: ShardWriter) -> int:
+    def copy(self, item: Copy, out: Sink) -> int:
         """Copy bytes; returns how many were read."""
         if item.pair_nbytes:
             raw = np.empty(item.read.nbytes, np.uint8)
@@ -77,7 +76,7 @@ class Worker:
         """
         return [value for values in self._in_parts(self._amax, batch) for value in values]
 
-    def convert(self, batch: Batch, out: ShardWriter, shared: float | None = None) -> int:
+    def convert(self, batch: Batch, out: Sink, shared: float | None = None) -> int:
         """Write all output of a batch; returns the source bytes it was made of.
 
         ``shared`` is what `amax` found, of slabs that share it with others.
@@ -116,7 +115,7 @@ class Worker:
         found: list[float] = rows.max(1).tolist()
         return found
 
-    def _convert(self, batch: Batch, out: ShardWriter, shared: float | None) -> None:
+    def _convert(self, batch: Batch, out: Sink, shared: float | None) -> None:
         if not batch.job.is_recoded:
             scalars = self._quantize(batch, out, shared)
         elif _is_cast(batch.job):
@@ -125,7 +124,7 @@ class Worker:
             scalars = self._move(batch, out)
         write_scalars(batch, scalars, self._loader, out)
 
-    def _quantize(self, batch: Batch, out: ShardWriter, shared: float | None) -> Scalars:
+    def _quantize(self, batch: Batch, out: Sink, shared: float | None) -> Scalars:
         """Round weights to the parts of a format; returns its scalars."""
         job, target = batch.job, find_format(batch.job.format)
         pieces = cut(batch, self._budget)
@@ -154,7 +153,7 @@ class Worker:
                 self._engine.quantize(target, weight_BNK, of_chunk, chunk.out)
         return {} if scale is None else {"global_scale": scale}
 
-    def _move(self, batch: Batch, out: ShardWriter) -> Scalars:
+    def _move(self, batch: Batch, out: Sink) -> Scalars:
         """Parts as they are, under other names and in another order; returns the scalars."""
         job = batch.job
         dtypes = {part.role: part.dtype for part in job.encoded.parts}
@@ -177,7 +176,7 @@ class Worker:
         roles = [part.role for part in job.parts if part.is_scalar and part.role != "input_scale"]
         return {role: stored_scalars(batch, role, self._loader) for role in roles}
 
-    def _cast(self, batch: Batch, out: ShardWriter, shared: float | None) -> Scalars:
+    def _cast(self, batch: Batch, out: Sink, shared: float | None) -> Scalars:
         """MXFP4 as NVFP4: the same codes under other scales; returns the global ones."""
         job = batch.job
         if shared is None:

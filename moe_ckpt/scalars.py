@@ -11,15 +11,14 @@ from .errors import CheckpointError, show
 from .formats import find_format
 from .formats.scales import scale_of
 from .loader import Loader
-from .pieces import write
+from .pieces import Sink, write
 from .schedule import Batch
-from .writer import ShardWriter
 
 __all__ = ["stored_scalars", "write_scalars"]
 
 
 def write_scalars(
-    batch: Batch, values: Mapping[str, NDArray[np.floating]], loader: Loader, out: ShardWriter
+    batch: Batch, values: Mapping[str, NDArray[np.floating]], loader: Loader, out: Sink
 ) -> None:
     """Write the scalars of a batch, its input scales too.
 

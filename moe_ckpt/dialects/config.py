@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["as_text", "with_quantization"]
+__all__ = ["as_text", "with_quantization", "without_quantization"]
 
 _KEYS = frozenset({"quantization_config", "compression_config"})
 
@@ -19,14 +19,15 @@ def with_quantization(config: Mapping[str, Any], quantization: Mapping[str, Any]
     >>> with_quantization({"text_config": {"quantization_config": {}, "a": 1}}, None)
     '{\n  "text_config": {\n    "a": 1\n  }\n}\n'
     """
-    kept = _without(config)
+    kept = without_quantization(config)
     return as_text(kept if quantization is None else kept | {"quantization_config": quantization})
 
 
-def _without(value: Any) -> Any:
+def without_quantization(value: Any) -> Any:
+    """A value of a config without what it says of quantization, at any level."""
     if isinstance(value, Mapping):
-        return {key: _without(item) for key, item in value.items() if key not in _KEYS}
-    return [_without(item) for item in value] if isinstance(value, list) else value
+        return {key: without_quantization(item) for key, item in value.items() if key not in _KEYS}
+    return [without_quantization(item) for item in value] if isinstance(value, list) else value
 
 
 def as_text(value: Any) -> str:
