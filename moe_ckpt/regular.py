@@ -17,6 +17,7 @@ _BAD_PATHS = frozenset(
     (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 )
 _NOT_OPENED = frozenset((errno.ENXIO, errno.ENODEV))  # sockets and devices without a driver
+_MORE_NBYTES = 1 << 16
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a FIFO"),
@@ -89,8 +90,9 @@ def read_regular(path: Path, cap_nbytes: int, kind: type[InputError]) -> bytes:
     fd, status = open_regular(path, kind)
     try:
         with os.fdopen(fd, "rb") as file:
-            # What the kernel makes up has no size.
-            text = b"" if status.st_size > cap_nbytes else file.read(cap_nbytes + 1)
+            text = b"" if status.st_size > cap_nbytes else file.read(status.st_size)
+            while len(text) <= cap_nbytes and (more := file.read(_MORE_NBYTES)):
+                text += more  # it grows, or the kernel makes it up and says that it is empty
     except OSError as error:
         raise read_failure(error, path.name, kind) from None
     nbytes = max(status.st_size, len(text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -28,9 +29,15 @@ class _Pairs(list[tuple[str, Any]]):
     """An object with all its keys, those that appear twice too."""
 
 
-def _path_of_duplicate(text: bytes) -> str:
-    """Where the first key that an object has twice stands, such as ``modules["a"]["b"]``."""
-    todo: list[tuple[str, Any]] = [("", json.loads(text, object_pairs_hook=_Pairs))]
+def _path_of_duplicate(text: bytes, key: str) -> str:
+    """Where the first key that an object has twice stands, such as ``modules["a"]["b"]``.
+
+    Or only the key, of what is too large to search, or broken behind it.
+    """
+    todo: list[tuple[str, Any]] = []
+    with suppress(ValueError, RecursionError):
+        if len(text) <= _SEARCHED_NBYTES:
+            todo.append(("", json.loads(text, object_pairs_hook=_Pairs)))
     while todo:
         path, value = todo.pop()
         if isinstance(value, _Pairs):
@@ -43,7 +50,7 @@ def _path_of_duplicate(text: bytes) -> str:
                 todo.append((here, inner))
         elif isinstance(value, list):
             todo += ((f"{path}[{position}]", inner) for position, inner in enumerate(value))
-    return "a key"
+    return show(key)
 
 
 def parse(
@@ -83,9 +90,7 @@ def parse(
             parse_constant=None if constants else refuse,
         )
     except _DuplicateKeyError as error:
-        small = len(text) <= _SEARCHED_NBYTES
-        path = _path_of_duplicate(text) if small else show(error)
-        raise wrong(f"{path} appears twice") from None
+        raise wrong(f"{_path_of_duplicate(text, str(error))} appears twice") from None
     except RecursionError:
         raise wrong("is nested too deeply") from None
     except UnicodeDecodeError as error:

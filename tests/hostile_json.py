@@ -68,6 +68,8 @@ JSON_TEXTS: dict[str, tuple[bytes | str, str]] = {
     "deep lists": ("[" * 100_000, "nested too deeply"),
     "deep objects": ('{"a":' * 100_000 + "1" + "}" * 100_000, "nested too deeply"),
     "a key twice": ('{"a": {"b": 1, "b": 2}}', 'a["b"] appears twice'),
+    "a key twice, then broken": ('{"a": {"b": 1, "b": 2}, ', "b appears twice"),
+    "a key twice, then 6,000 digits": ('{"b": 1, "b": 2, "c": %s}' % ("9" * 6000), "digits"),
     "6,000 digits": ('{"a": %s}' % ("9" * 6000), "digits"),
 }
 CONFIGS: dict[str, tuple[Edit, tuple[str, ...]]] = {
