@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .dialects import find_dialect
@@ -19,7 +20,16 @@ from .schedule import peak_nbytes
 if TYPE_CHECKING:
     from .conversion import Result
 
-__all__ = ["count_of", "inspect", "plan_document", "plan_lines", "result_lines", "size", "table"]
+__all__ = [
+    "count_of",
+    "counted",
+    "inspect",
+    "plan_document",
+    "plan_lines",
+    "result_lines",
+    "size",
+    "table",
+]
 
 
 def inspect(in_dir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -161,8 +171,7 @@ def result_lines(result: Result) -> Iterator[str]:
             "NVFP4: their exponents are too far below the largest of their matrix"
         )
     if result.verified:
-        looked_at = ", ".join(f"{count:,} {noun}" for noun, count in result.verified.items())
-        yield f"verified: {looked_at}"
+        yield f"verified: {', '.join(counted(result.verified))}"
     yield f"written to {show(result.out_dir)}"
 
 
@@ -197,6 +206,18 @@ def count_of(number: int, noun: str) -> str:
     """
     plural = "matrices" if noun == "matrix" else f"{noun}s"
     return f"{number:,} {noun if number == 1 else plural}"
+
+
+def counted(numbers: Mapping[str, int]) -> Iterator[str]:
+    """What there is some of, in words: nouns in the plural -> how many.
+
+    >>> list(counted({"shards": 1, "matrices in nvfp4": 1, "copied tensors compared": 2000}))
+    ['1 shard', '1 matrix in nvfp4', '2,000 copied tensors compared']
+    """
+    for noun, number in numbers.items():
+        one = re.sub(r"s(?= |$)", "", noun.replace("matrices", "matrix"), count=1)
+        if number:
+            yield f"{number:,} {one if number == 1 else noun}"
 
 
 def _stored(experts: Experts) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import show
-from ..report import count_of
+from ..report import count_of, counted
 from .findings import Finding, Findings
 
 __all__ = ["document", "lines", "outcome"]
@@ -58,9 +58,8 @@ def lines(findings: Findings, *, quiet: bool = False) -> Iterator[str]:
     for runtime in findings.runtimes:
         verdict = "loads it" if runtime.loads else f"does not load it: {runtime.why_not}"
         yield f"{runtime.name:<14}{verdict}"
-    counted = [f"{number:,} {noun}" for noun, number in findings.counts.items() if number]
-    if counted:
-        yield f"Checked   {', '.join(counted)}"
+    if findings.counts:
+        yield f"Checked   {', '.join(counted(findings.counts))}"
     yield from _difference_lines(findings)
     for part, why in findings.skipped.items():
         yield f"Not done  {part}: {why}"
