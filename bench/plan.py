@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def once(folder: str, number_format: str) -> dict[str, Any]:
     """Plan, headers and index once, in seconds; this process imports no torch."""
-    from moe_ckpt.plan import header_of, index_of
+    from moe_ckpt.plan_texts import header_of, index_of
     from moe_ckpt.planner import make_plan
 
     times = [perf_counter()]

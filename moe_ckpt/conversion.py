@@ -20,7 +20,8 @@ from .journal import head_of, read_journal
 from .options import Limits, PlanOptions
 from .origin import file_sha256
 from .out_dir import check_out_dir, missing_nbytes
-from .plan import Job, OutShard, Plan, index_of
+from .plan import Job, OutShard, Plan
+from .plan_texts import index_of
 from .planner import make_plan
 from .pool import Pool, environment_faults, pool_over
 from .quantizer import Worker

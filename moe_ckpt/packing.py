@@ -13,7 +13,8 @@ from .checkpoint import SINGLE
 from .dialects import Dialect
 from .dtypes import nbytes_of
 from .formats import Part
-from .plan import Constant, Copy, Job, OutShard, OutTensor, Read, Region, by_alignment, header_of
+from .plan import Constant, Copy, Job, OutShard, OutTensor, Read, Region, by_alignment
+from .plan_texts import header_of
 
 __all__ = ["ConstantUnit", "CopyUnit", "QuantUnit", "Unit", "pack"]
 

@@ -13,7 +13,8 @@ from .errors import OutputRefusedError, show, show_some
 from .journal import Head, Journal, Record, head_of
 from .origin import differences, file_sha256
 from .out_dir import check_out_dir, files_in, foreign_files
-from .plan import OutShard, Plan, header_of
+from .plan import OutShard, Plan
+from .plan_texts import header_of
 
 __all__ = ["check_resumable", "finished_files", "output_names", "refuse_other"]
 

@@ -26,7 +26,8 @@ from .errors import MoeCkptError
 from .journal import JOURNAL, PRIVATE, Head, JournalWriter, Record
 from .lock import locked
 from .out_dir import check_out_dir, check_room, remove_all, remove_folders, remove_partials
-from .plan import OutShard, Plan, header_of, index_of
+from .plan import OutShard, Plan
+from .plan_texts import header_of, index_of
 from .resume import finished_files, output_names, refuse_other
 
 __all__ = ["OutputFolder", "ShardWriter", "output_folder"]

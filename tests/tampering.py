@@ -11,7 +11,8 @@ from pathlib import Path
 from conftest import Tensor, read_json
 from safetensors import deserialize
 
-from moe_ckpt.plan import OutTensor, header_of
+from moe_ckpt.plan import OutTensor
+from moe_ckpt.plan_texts import header_of
 
 INDEX = "model.safetensors.index.json"
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import moe_ckpt
 from moe_ckpt import packing
 from moe_ckpt.errors import FormatError, LayoutError, UsageError
-from moe_ckpt.plan import header_of, index_of
+from moe_ckpt.plan_texts import header_of, index_of
 
 SOURCE = FIXTURES / "deepseek_v3" / "source"
 
