@@ -6,27 +6,25 @@ other side is a finding. A pair of matrices knows the job that would make the on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..calibration import Calibration
 from ..choice import output_name
-from ..dialects import find_dialect
 from ..dtypes import FLOATS
-from ..errors import InputError, Problems, show
-from ..formats import QuantFormat, find_format
+from ..errors import InputError, show
+from ..formats import find_format
 from ..headers import TensorInfo
 from ..kv_cache import KV_SCALES
 from ..layouts import Detection, Experts, Side
 from ..modules import amax_groups, is_matrix, module_of, reason_to_keep, set_aside
-from ..packing import CopyUnit, QuantUnit, pack
+from ..packing import CopyUnit
 from ..plan import Copy, Encoded, Job
-from ..stats import Stats
-from ..units import UnitMaker, is_recoded
+from ..units import is_recoded
 from ..weights import Weights
 from .findings import Findings
 from .places import Places, expert_of
+from .remake import Maker, Recipe, jobs_of, only_job
 from .sink import Segment
 from .subject import Subject
 
@@ -34,8 +32,6 @@ __all__ = ["CopyPair", "MatrixPair", "Pairs", "pair_up"]
 
 _LOST = "the model runs without it, or on numbers that a runtime made up"
 _UNKNOWN = "whether its weights are those of the source is not known"
-_NO_STATS = Stats({}, {}, {}, ())
-_EVERYTHING = 1 << 62
 
 
 class CopyPair(NamedTuple):
@@ -101,6 +97,7 @@ class _Pairing:
         self._places = places
         self._findings = findings
         self._out = subject.weights
+        self._maker = Maker(weights, detection)
         self._explained: set[str] = set()
         self.copies: list[CopyPair] = []
         self.matrices: list[MatrixPair] = []
@@ -234,7 +231,7 @@ class _Pairing:
         if side.bias and side.bias in self._out.tensors:
             self._single(side.bias, self._weights.tensors[side.bias])
         elif side.bias:
-            units = self._maker(Problems()).of_experts(found, find_format("bf16"))
+            units = self._maker.units().of_experts(found, find_format("bf16"))
             self._biases([u for u in units if isinstance(u, CopyUnit) and u.source == side.bias])
 
     def _is_kept(self, name: str) -> bool:
@@ -258,7 +255,7 @@ class _Pairing:
             self._explained.update((name, *self._places.fused_with(name)))
         encoded = {self._places.encoded(name) for name in there}
         job, is_made = self._job(
-            encoded, lambda make, target: _jobs(make.of_experts(found, target))[index]
+            encoded, lambda make, target: jobs_of(make.of_experts(found, target))[index]
         )
         if job is None:
             return
@@ -272,7 +269,7 @@ class _Pairing:
         self._explained.update(self._places.tensors_of_stack(stack))
         job, is_made = self._job(
             {self._places.encoded_stack(stack)},
-            lambda make, target: _jobs(make.of_fused_experts(found, target))[index],
+            lambda make, target: jobs_of(make.of_fused_experts(found, target))[index],
         )
         if job is None:
             return
@@ -305,7 +302,7 @@ class _Pairing:
         found = [names[module] for module in modules]
         encoded = {self._out.encoded(name) for name in found if name is not None}
         job, is_made = self._job(
-            encoded, lambda make, target: _only(make.of_linears(modules, target))
+            encoded, lambda make, target: only_job(make.of_linears(modules, target))
         )
         if job is None:
             return False
@@ -330,47 +327,15 @@ class _Pairing:
             whole = is_made and None not in kept
             self.matrices.append(MatrixPair(job, slab, tuple(kept), whole))
 
-    def _job(
-        self, encoded: set[Encoded], make: Callable[[UnitMaker, QuantFormat], Job | None]
-    ) -> tuple[Job | None, bool]:
-        """The job that makes what is there, and True; else one that only reads the source.
-
-        None if there is none: linear layers that share nothing are a job each, and what the
-        source stores in a way that makes no job is a finding.
-        """
-        if len(encoded) == 1:
-            (there,) = encoded
-            problems = Problems()
-            try:
-                job = make(self._maker(problems), find_format(there.format))
-                problems.check()
-            except InputError:
-                job = None
-            if job is not None and _stores(job, there):
-                return _placed(replace(job, inverse=there.inverse)), True
-        problems = Problems()
+    def _job(self, encoded: set[Encoded], make: Recipe) -> tuple[Job | None, bool]:
+        """What `Maker.job` says; that the source has no such job is a finding."""
         try:
-            job = make(self._maker(problems), find_format("bf16"))
-            problems.check()
+            return self._maker.job(encoded, make)
         except InputError as error:
             for text in error.problems:
                 where, _, problem = text.partition(": ")
                 self._add(where, f"cannot be compared with the source: {problem}", _UNKNOWN)
             return None, False
-        return job, False
-
-    def _maker(self, problems: Problems) -> UnitMaker:
-        calibration = Calibration(_NO_STATS, self._detection, missing_is_constant=True)
-        dialect = find_dialect("compressed-tensors")  # it has all formats
-        return UnitMaker(
-            self._weights,
-            self._detection,
-            dialect,
-            calibration,
-            {},
-            problems,
-            may_requantize=True,
-        )
 
     # Findings
 
@@ -387,27 +352,3 @@ class _Pairing:
 
     def _add(self, where: str, problem: str, effect: str) -> None:
         self._findings.add("source", where, problem, effect)
-
-
-def _jobs(units: Sequence[CopyUnit | QuantUnit]) -> list[Job]:
-    return [job for unit in units if isinstance(unit, QuantUnit) for job in unit.jobs]
-
-
-def _only(units: Sequence[QuantUnit]) -> Job | None:
-    """The job of linear layers, if it is one for all."""
-    jobs = _jobs(units)
-    return jobs[0] if len(jobs) == 1 else None
-
-
-def _stores(job: Job, encoded: Encoded) -> bool:
-    """Whether a job writes parts in the dtypes in which they are there."""
-    there = {part.role: part.dtype for part in encoded.parts}
-    made = {part.role: part.dtype for part in job.parts}
-    return all(made.get(role) == dtype for role, dtype in there.items() if role != "input_scale")
-
-
-def _placed(job: Job) -> Job:
-    """The job with its regions one after another."""
-    dialect = find_dialect("modelopt" if job.is_stacked else "compressed-tensors")
-    (shard,) = pack([QuantUnit((job,))], dialect, _EVERYTHING)
-    return shard.jobs[0]
