@@ -88,17 +88,18 @@ def open_regular(path: Path, kind: type[InputError]) -> tuple[int, os.stat_resul
 def read_regular(path: Path, cap_nbytes: int, kind: type[InputError]) -> bytes:
     """The bytes of a regular file of at most ``cap_nbytes``."""
     fd, status = open_regular(path, kind)
+    nbytes = status.st_size
     try:
         with os.fdopen(fd, "rb") as file:
-            text = b"" if status.st_size > cap_nbytes else file.read(status.st_size)
-            while len(text) <= cap_nbytes and (more := file.read(_MORE_NBYTES)):
-                text += more  # it grows, or the kernel makes it up and says that it is empty
+            found = [file.read(nbytes)] if nbytes <= cap_nbytes else []
+            while nbytes <= cap_nbytes and (more := file.read(_MORE_NBYTES)):
+                found.append(more)  # it grows, or the kernel makes it up and says that it is empty
+                nbytes += len(more)
     except OSError as error:
         raise read_failure(error, path.name, kind) from None
-    nbytes = max(status.st_size, len(text))
     if nbytes > cap_nbytes:
         raise kind(
             f"{show(path.name)}: is {nbytes} bytes, more than the {cap_nbytes} allowed; it cannot "
             "be what its name says"
         )
-    return text
+    return b"".join(found)
