@@ -1,4 +1,4 @@
-# Two commands: `make demo` converts a small checkpoint and compares the result with ModelOpt's;
+# Two commands: `make demo` converts a small checkpoint, verifies it and compares it with ModelOpt's;
 # `make test` runs all tests. Both create the environment if it is not there.
 
 VENV ?= .venv
@@ -17,6 +17,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
 	$(BIN)/moe-ckpt convert $(MODEL)/source $(DEMO) --stats $(MODEL)/stats.json --quantize linear -v
+	@echo
+	$(BIN)/moe-ckpt verify $(DEMO) --source $(MODEL)/source --all
 	@echo
 	$(BIN)/python -m bench same $(DEMO) $(MODEL)/modelopt-nvfp4
 
