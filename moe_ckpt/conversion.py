@@ -147,7 +147,7 @@ def execute(
             if not folder.is_complete:
                 _write_shards(plan, folder, backend, budget, progress or (lambda *_: None))
                 if verify:
-                    verified = _verify(plan, folder)
+                    verified = _verify(plan, folder, say)
                 folder.finish()
     return Result(
         plan,
@@ -185,21 +185,31 @@ def _hashed(plan: Plan, threads: int) -> dict[str, str]:
         return {shard.name: sha for shard, sha in zip(plan.source_shards, digests, strict=True)}
 
 
-def _verify(plan: Plan, folder: OutputFolder) -> Mapping[str, int]:
-    """Check the shards on disk with the configuration that is still to be written."""
+def _verify(plan: Plan, folder: OutputFolder, say: Callable[[str], None]) -> Mapping[str, int]:
+    """Check the shards on disk with the configuration that is still to be written.
+
+    Scales that are carried over may differ where runtimes use one; that is said, and no error.
+    """
     from .verify import Findings, check_parts
+    from .verify.scales import LOSSY
     from .verify.subject import open_subject
 
     index = index_of(plan)
     texts = {**plan.files, **({INDEX: index} if index else {})}
     findings = Findings()
     check_parts(open_subject(folder.root, findings, texts), findings)
-    if not findings.is_clean:
+    wrong = [found for found in findings.found if found.effect not in LOSSY]
+    if wrong:
         raise VerifyError(
-            *(f"{found.where}: {found.problem}; {found.effect}" for found in findings.found),
+            *(f"{found.where}: {found.problem}; {found.effect}" for found in wrong),
             f"{show(folder.root)}: was not given its configuration; if you know better, the same "
             "command with --no-verify does that",
         )
+    by_effect = {found.effect: found for found in reversed(findings.found)}
+    for effect, first in by_effect.items():
+        count = sum(found.effect == effect for found in findings.found)
+        more = f" (and {count - 1:,} more)" if count > 1 else ""
+        say(f"moe-ckpt: warning: {first.where}: {first.problem}{more}; {effect}")
     return findings.counts
 
 

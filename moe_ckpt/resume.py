@@ -13,8 +13,8 @@ from .errors import OutputRefusedError, show, show_some
 from .journal import Head, Journal, Record, head_of
 from .origin import differences, file_sha256
 from .out_dir import check_out_dir, files_in, foreign_files
-from .plan import OutShard, Plan
-from .plan_texts import header_of
+from .plan import Plan
+from .plan_texts import header_of, index_of
 
 __all__ = ["check_resumable", "finished_files", "output_names", "refuse_other"]
 
@@ -91,11 +91,9 @@ def finished_files(
     """
     shards = {shard.name: shard for shard in plan.shards}
     order = output_names(plan)
-    foreign = {
-        name
-        for name in files_in(out_dir) - journal.records.keys()
-        if name not in shards or not _has_header(out_dir / name, shards[name])
-    } | (journal.records.keys() - set(order)) & files_in(out_dir)
+    present = files_in(out_dir)
+    foreign = {n for n in present - journal.records.keys() if not _is_planned(plan, n, out_dir / n)}
+    foreign |= (journal.records.keys() - set(order)) & present
     if foreign:
         raise foreign_files(out_dir, foreign)
     recorded = [name for name in order if name in journal.records]
@@ -132,13 +130,20 @@ def _is_sound(
     return name in trusted or file_sha256(path) == record.sha256
 
 
-def _has_header(path: Path, shard: OutShard) -> bool:
-    """Whether a file that no record speaks of is a shard of ours all the same.
+def _is_planned(plan: Plan, name: str, path: Path) -> bool:
+    """Whether a file that no record speaks of is what the plan would write all the same.
 
     Two runs at once lose records where a file system forgets locks.
     """
-    header = header_of(shard.tensors)
-    if path.is_symlink() or not path.is_file() or path.stat().st_size != shard.nbytes:
+    if path.is_symlink() or not path.is_file():
         return False
-    with path.open("rb") as file:
-        return file.read(len(header)) == header
+    shard = next((shard for shard in plan.shards if shard.name == name), None)
+    if shard is not None:
+        header = header_of(shard.tensors)
+        with path.open("rb") as file:
+            return path.stat().st_size == shard.nbytes and file.read(len(header)) == header
+    side = next((file for file in plan.side_files if file.name == name), None)
+    if side is not None:
+        return path.stat().st_size == side.nbytes and file_sha256(path) == file_sha256(side.path)
+    text = index_of(plan) if name == INDEX else plan.files.get(name)
+    return text is not None and path.read_bytes() == text.encode()

@@ -532,7 +532,7 @@ def test_a_damaged_header_is_found(tmp_path, sharded):
     data = bytearray(shard.read_bytes())
     data[9] ^= 0xFF
     shard.write_bytes(data)
-    assert "is not valid JSON" in one(verify(folder), shard.name).problem
+    assert "is not UTF-8" in one(verify(folder), shard.name).problem
 
 
 def test_a_shard_that_was_cut_short_is_found(tmp_path, sharded):
@@ -611,7 +611,7 @@ def test_a_fifo_is_found_and_not_read(tmp_path, sharded):
     shard = shard_of(folder, f"{UP}.weight")
     shard.unlink()
     os.mkfifo(shard)
-    assert "is not a regular file" in one(verify(folder), shard.name).problem
+    assert "not a regular file" in one(verify(folder), shard.name).problem
 
 
 def test_a_conversion_that_was_not_finished_is_told_of(tmp_path):

@@ -122,6 +122,8 @@ def _is_whole(subject: Subject) -> bool:
 def built_from(inventory: Inventory, findings: Findings) -> Iterator[Built]:
     """What runtimes build of the modules, with the format that their tensors have."""
     for name, experts in inventory.experts.items():
+        if _is_attention(name) and not experts.split:
+            continue
         matrices = list(experts.matrices)
         formats = {_format(module) for module in matrices}
         if len(formats) > 1:
@@ -157,6 +159,11 @@ def built_from(inventory: Inventory, findings: Findings) -> Iterator[Built]:
         yield Built(name, members, formats.pop())
     if _HEAD not in asked and not any(name.endswith(f".{_HEAD}") for name in asked):
         yield Built(_HEAD, (_HEAD,), None)  # runtimes build one when it is tied, too
+
+
+def _is_attention(experts: str) -> bool:
+    """Whether these are the experts of an attention, as JetMoE has them: no runtime builds any."""
+    return "attention" in experts.rpartition(".")[0].rpartition(".")[2]
 
 
 def _format(module: Module) -> str | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from ..layouts.sizes import sizes_of
+from ..modules import set_aside
 from .inventory import Inventory, Module
 from .subject import Subject
 
@@ -17,8 +18,11 @@ _INPUTS = ("input_scale", "input_global_scale")
 def experts_problems(subject: Subject, inventory: Inventory) -> Iterator[tuple[str, str]]:
     """Experts that are missing, too many or unlike the others of their layer."""
     counts = sizes_of(subject.config).experts
-    said = next(iter(counts)) if len(counts) == 1 else None
+    of_model = next(iter(counts)) if len(counts) == 1 else None
+    groups = _groups(subject)
     for name, experts in inventory.experts.items():
+        # Parts such as a talker have experts of their own number.
+        said = None if name in groups or set_aside(name, frozenset(), None) else of_model
         for leaf, stack in experts.stacked.items():
             if said is not None and stack.shape[0] != said:
                 yield (
@@ -41,7 +45,16 @@ def experts_problems(subject: Subject, inventory: Inventory) -> Iterator[tuple[s
                 matrix = f"{name}.{number}.{projection}"
                 if projection not in there and not _is_known_missing(subject, matrix):
                     yield matrix, f"is missing; the layer has {E} experts"
-        yield from _unlike(experts.split)
+        for first, last in groups.get(name, [(0, E)]):
+            yield from _unlike([m for n, m in experts.split.items() if first <= n < last])
+
+
+def _groups(subject: Subject) -> dict[str, list[tuple[int, int]]]:
+    """The experts of a layer -> the numbers of those of one width, if they are all there."""
+    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for experts in subject.detection.experts if subject.detection else ():
+        found[experts.output].append((experts.first, experts.first + experts.num_experts))
+    return found
 
 
 def _is_known_missing(subject: Subject, matrix: str) -> bool:
@@ -50,10 +63,10 @@ def _is_known_missing(subject: Subject, matrix: str) -> bool:
     return any(name in subject.source.tensors or name in subject.lost for name in names)
 
 
-def _unlike(split: dict[int, dict[str, Module]]) -> Iterator[tuple[str, str]]:
+def _unlike(split: Iterable[Mapping[str, Module]]) -> Iterator[tuple[str, str]]:
     """Matrices of one projection whose format or shape is not that of most others."""
     by_projection: dict[str, list[Module]] = defaultdict(list)
-    for matrices in split.values():
+    for matrices in split:
         for projection, module in matrices.items():
             by_projection[projection].append(module)
     for modules in by_projection.values():

@@ -14,7 +14,7 @@ from .findings import Findings
 from .inventory import Inventory, Module, pairs_of
 from .subject import Subject
 
-__all__ = ["GATE_UP", "check_scales"]
+__all__ = ["GATE_UP", "LOSSY", "check_scales"]
 
 _WRONG = {
     "block_scale": "the weights of the block become NaN, infinite or 0, and nothing is said",
@@ -39,6 +39,8 @@ _INPUT = (
     "and up differ, and so does vLLM for compressed-tensors FP8"
 )
 _DENSE_INPUT = "runtimes build them as one layer and use the largest, which loses accuracy"
+# With these a checkpoint works, and is less accurate than it could be.
+LOSSY = frozenset({_FP8, _INPUT, _DENSE_INPUT})
 
 Values = Mapping[str, float]
 

@@ -226,8 +226,8 @@ def _check_ranks(subject: Subject, inventory: Inventory, findings: Findings) -> 
 def _check_detection(subject: Subject, inventory: Inventory, findings: Findings) -> None:
     """Report experts that do not fit config.json, unless what was found says why."""
     detection, config = subject.detection, subject.config
-    if detection is not None or findings.found:
-        return
+    if detection is not None or findings.found or subject.is_ours:
+        return  # a conversion of ours was told what the config leaves open
     family = find_family(model_type_of(config))
     is_split = any(found.split for found in inventory.experts.values())
     if family is None or not (is_split and family.reads_split):
