@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -216,26 +217,28 @@ def _verify(plan: Plan, folder: OutputFolder, say: Callable[[str], None]) -> Map
 def _write_shards(
     plan: Plan, folder: OutputFolder, backend: Backend, budget: Budget, report: Progress
 ) -> None:
-    """Make every shard that is not finished; while the disk takes one, the next is made."""
+    """Make every shard that is not finished; while some are hashed and flushed, others are made."""
     todo = [shard for shard in plan.shards if shard.name not in folder.finished]
     report(plan.read_nbytes - sum(shard.read_nbytes for shard in todo), None)
-    with pool_over(plan.source_shards, backend, budget) as pool, ThreadPoolExecutor(1) as finisher:
+    # Without instructions for it, SHA-256 takes a core as long as four others quantize.
+    most = max(1, budget.workers // 4)
+    with pool_over(plan.source_shards, backend, budget) as pool, ThreadPoolExecutor(most) as finish:
         try:
-            finishing: Future[OutShard] | None = None
+            finishing: deque[Future[OutShard]] = deque()
             for shard in todo:
                 before = sum(worker.inexact_blocks for worker in pool.workers)
                 out = _write_shard(folder, shard, pool, budget, report)
                 try:
                     pool.reader.check_unchanged()
-                    if finishing:
-                        report(0, finishing.result())  # the callback is this thread's
+                    while len(finishing) >= most:
+                        report(0, finishing.popleft().result())  # the callback is this thread's
                 except BaseException:
                     out.abandon()
                     raise
                 inexact = sum(worker.inexact_blocks for worker in pool.workers) - before
-                finishing = finisher.submit(folder.publish_shard, out, inexact)
-            if finishing:
-                report(0, finishing.result())
+                finishing.append(finish.submit(folder.publish_shard, out, inexact))
+            while finishing:
+                report(0, finishing.popleft().result())
         except BaseException:
             folder.stop.set()
             raise

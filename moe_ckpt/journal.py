@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 from .durable import publish, sync_folder, write_new
@@ -104,18 +105,19 @@ class JournalWriter:
 
     def __init__(self, out_dir: Path, token: str, head: Head, records: dict[str, Record]) -> None:
         self.records = records
+        self._lock = Lock()
         self._path = out_dir / JOURNAL
         self._token = token
         self._head = head
         self.settle(list(records))
 
     def add(self, record: Record) -> None:
-        """Put a line on disk."""
-        with self._path.open("ab") as file:
+        """Put a line on disk; several threads may."""
+        with self._lock, self._path.open("ab") as file:
             file.write(_line(_row(record)))
             file.flush()
             os.fsync(file.fileno())
-        self.records[record.file] = record
+            self.records[record.file] = record
 
     def settle(self, order: Iterable[str]) -> None:
         """Write the journal anew: a line for each of these files, in this order."""
