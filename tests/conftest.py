@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -58,6 +59,16 @@ def run_cli(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
         check=False,
         timeout=300,
     )
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """What a command does to signals at its end must not reach the children of later tests."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def read_json(path: Path):
