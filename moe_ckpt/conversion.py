@@ -128,7 +128,7 @@ def execute(
     """
     started = time.monotonic()
     verified: Mapping[str, int] = {}
-    budget = budget or budget_for(backend, limits or Limits(), gathered_nbytes(plan))
+    budget = budget or budget_for(backend, limits or Limits(), gathered_nbytes(plan.jobs))
     with environment_faults():
         content = _hashed(plan, budget.workers) if hash_source else None
         with (
@@ -147,9 +147,11 @@ def execute(
                 say(f"going on: {len(folder.resumed)} of {len(plan.shards)} shards are finished")
             if not folder.is_complete:
                 _write_shards(plan, folder, backend, budget, progress or (lambda *_: None))
+                index = index_of(plan)
+                texts = {**plan.files, **({INDEX: index} if index else {})}
                 if verify:
-                    verified = _verify(plan, folder, say)
-                folder.finish()
+                    verified = _verify(folder.root, texts, say)
+                folder.finish(texts)
     return Result(
         plan,
         Path(out_dir),
@@ -172,7 +174,7 @@ def _leaving(plan: Plan, out_dir: Path) -> Iterator[None]:
             raise
         journal = read_journal(out_dir)
         missing = missing_nbytes(plan, out_dir, journal.records if journal else ())
-        what = f"{max(missing, 0):,} bytes are missing" if missing > 0 else "a limit is reached"
+        what = f"{missing:,} bytes are missing" if missing > 0 else "a limit is reached"
         raise EnvironmentFaultError(
             f"{show(error.filename or out_dir)}: {error.strerror}: {what}; free space and run the "
             "same command again"
@@ -186,30 +188,27 @@ def _hashed(plan: Plan, threads: int) -> dict[str, str]:
         return {shard.name: sha for shard, sha in zip(plan.source_shards, digests, strict=True)}
 
 
-def _verify(plan: Plan, folder: OutputFolder, say: Callable[[str], None]) -> Mapping[str, int]:
+def _verify(root: Path, texts: Mapping[str, str], say: Callable[[str], None]) -> Mapping[str, int]:
     """Check the shards on disk with the configuration that is still to be written.
 
     Scales that are carried over may differ where runtimes use one; that is said, and no error.
     """
     from .verify import Findings, check_parts
+    from .verify.report import by_effect
     from .verify.scales import LOSSY
     from .verify.subject import open_subject
 
-    index = index_of(plan)
-    texts = {**plan.files, **({INDEX: index} if index else {})}
     findings = Findings()
-    check_parts(open_subject(folder.root, findings, texts), findings)
+    check_parts(open_subject(root, findings, texts), findings)
     wrong = [found for found in findings.found if found.effect not in LOSSY]
     if wrong:
         raise VerifyError(
             *(f"{found.where}: {found.problem}; {found.effect}" for found in wrong),
-            f"{show(folder.root)}: was not given its configuration; if you know better, the same "
+            f"{show(root)}: was not given its configuration; if you know better, the same "
             "command with --no-verify does that",
         )
-    by_effect = {found.effect: found for found in reversed(findings.found)}
-    for effect, first in by_effect.items():
-        count = sum(found.effect == effect for found in findings.found)
-        more = f" (and {count - 1:,} more)" if count > 1 else ""
+    for effect, (first, *others) in by_effect(findings.found).items():
+        more = f" (and {len(others):,} more)" if others else ""
         say(f"moe-ckpt: warning: {first.where}: {first.problem}{more}; {effect}")
     return findings.counts
 

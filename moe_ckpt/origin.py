@@ -83,8 +83,13 @@ def origin_of(options: Options, source: Source) -> Origin:
     )
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What differs between two origins as JSON has them, in words."""
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, of_mtimes: str = ""
+) -> Iterator[str]:
+    """What differs between two origins as JSON has them, in words.
+
+    ``of_mtimes`` is added where modification times do.
+    """
     if before["version"] != now["version"]:
         yield f"moe-ckpt {before['version']} began it, this is {now['version']}"
     if before["headers"] != now["headers"]:
@@ -92,7 +97,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[s
     elif before["config"] != now["config"]:
         yield "the source's config.json says other things"
     elif before["mtimes"] != now["mtimes"]:
-        yield "files of the source were written since"
+        yield f"files of the source were written since{of_mtimes}"
     for option, value in now["options"].items():
         was = before["options"].get(option)
         if was != value:

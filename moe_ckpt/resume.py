@@ -16,9 +16,7 @@ from .out_dir import check_out_dir, files_in, foreign_files
 from .plan import Plan
 from .plan_texts import header_of, index_of
 
-__all__ = ["check_resumable", "finished_files", "output_names", "refuse_other"]
-
-MTIMES = "mtimes"
+__all__ = ["check_resumable", "finished_files", "output_names"]
 
 
 def output_names(plan: Plan) -> list[str]:
@@ -28,18 +26,26 @@ def output_names(plan: Plan) -> list[str]:
     return [*names, *plan.files, *([INDEX] if len(plan.shards) > 1 else [])]
 
 
-def check_resumable(plan: Plan, out_dir: Path, *, overwrite: bool = False) -> None:
-    """Refuse an output folder as a conversion would, from what can be read of it.
+def check_resumable(
+    plan: Plan, out_dir: Path, head: Head | None = None, *, overwrite: bool = False
+) -> Journal | None:
+    """Refuse an output folder that a conversion could not write to, or go on with.
+
+    ``head`` is that of the conversion; it is made of the plan if it is needed and None.
+
+    Returns:
+        The journal of the conversion that the folder holds, if it holds one.
 
     Raises:
         OutputRefusedError: it is not ours to write, or of another conversion.
     """
     journal = check_out_dir(plan.root, out_dir, overwrite=overwrite)
     if journal and not overwrite:
-        refuse_other(journal.head, head_of(plan), out_dir)
+        _refuse_other(journal.head, head or head_of(plan), out_dir)
+    return journal
 
 
-def refuse_other(before: Head, now: Head, out_dir: Path) -> None:
+def _refuse_other(before: Head, now: Head, out_dir: Path) -> None:
     """Refuse to go on with a conversion that is not this one.
 
     Raises:
@@ -48,10 +54,10 @@ def refuse_other(before: Head, now: Head, out_dir: Path) -> None:
     was, is_now = dict(before.origin), dict(now.origin)
     hint = ""
     if before.content and now.content:
-        was[MTIMES] = is_now[MTIMES]  # contents count instead
-    elif before.content and was[MTIMES] != is_now[MTIMES]:
+        was["mtimes"] = is_now["mtimes"]  # contents count instead
+    elif before.content:
         hint = " (--hash-source compares their contents)"
-    found = [text + hint * text.startswith("files of") for text in differences(was, is_now)]
+    found = list(differences(was, is_now, of_mtimes=hint))
     if before.content and now.content and before.content != now.content:
         other = [n for n, digest in now.content.items() if before.content.get(n) != digest]
         found.append(f"shards of the source have other contents: {show_some(other)}")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from .amax_file import amax_text, source_digest
 from .checkpoint import open_source
-from .dialects import find_dialect
 from .dtypes import FLOATS
 from .durable import publish, write_new
 from .engines import Backend
@@ -112,9 +111,7 @@ def _jobs(weights: Weights, detection: Detection) -> Iterator[Job]:
     """Jobs to read: routed experts, and every other matrix by itself."""
     problems = Problems()
     target = find_format("bf16")
-    make = UnitMaker(
-        weights, detection, find_dialect("none"), None, {}, problems, may_requantize=True
-    )
+    make = UnitMaker.to_read(weights, detection, problems)
     for experts in detection.experts:
         for unit in make.of_experts(experts, target):
             if isinstance(unit, QuantUnit):

@@ -6,7 +6,7 @@ Nothing here changes an output byte.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -68,7 +68,7 @@ class Batch:
 
 
 def budget_for(backend: Backend, limits: Limits, gathered: int = 0) -> Budget:
-    """The buffers of each worker; ``gathered`` is what `gathered_nbytes` says of the plan.
+    """The buffers of each worker; ``gathered`` is what `gathered_nbytes` says of the jobs.
 
     Fewer workers before smaller buffers: those cost more than they save.
     """
@@ -100,12 +100,12 @@ def split(batch: Batch, budget: Budget) -> Iterator[Batch]:
         yield Batch(batch.job, start, min(start + count, batch.stop))
 
 
-def gathered_nbytes(plan: Plan) -> int:
+def gathered_nbytes(jobs: Iterable[Job]) -> int:
     """The largest output of a slab that must be complete before any of it is written."""
     return max(
         (
             sum(region.slab_nbytes for region in job.regions)
-            for job in plan.jobs
+            for job in jobs
             if job.is_transposed != job.is_stacked
         ),
         default=0,
@@ -115,4 +115,4 @@ def gathered_nbytes(plan: Plan) -> int:
 def peak_nbytes(plan: Plan, limits: Limits) -> int:
     """An upper estimate of the memory that a conversion takes beside the program itself."""
     names = sum(len(shard.tensors) for shard in plan.shards) * 1024
-    return max(parse_size(limits.memory), gathered_nbytes(plan)) + names
+    return max(parse_size(limits.memory), gathered_nbytes(plan.jobs)) + names

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from .calibration import Calibration
 from .choice import output_name
-from .dialects import Dialect
+from .dialects import Dialect, find_dialect
 from .dialects.matching import built_modules
 from .dtypes import itemsize
 from .errors import CheckpointError, FormatError, LayoutError, Problems, show, show_some
@@ -52,6 +52,12 @@ class UnitMaker:
         self._problems = problems
         self._may_requantize = may_requantize
         self.part_blocks: list[str] = []
+
+    @classmethod
+    def to_read(cls, weights: Weights, detection: Detection, problems: Problems) -> UnitMaker:
+        """A maker whose units only say where weights lie; nothing of them is written."""
+        none = find_dialect("none")
+        return cls(weights, detection, none, None, {}, problems, may_requantize=True)
 
     def of_experts(self, found: Experts, target: QuantFormat) -> list[CopyUnit | QuantUnit]:
         """Experts of a layer, a matrix each: one unit, and units for their biases."""

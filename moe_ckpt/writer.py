@@ -11,7 +11,7 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -20,15 +20,14 @@ from threading import Event
 import numpy as np
 from safetensors import safe_open
 
-from .checkpoint import INDEX
 from .durable import publish, sync_folder, write_new
 from .errors import MoeCkptError
 from .journal import JOURNAL, PRIVATE, Head, JournalWriter, Record
 from .lock import locked
-from .out_dir import check_out_dir, check_room, remove_all, remove_folders, remove_partials
+from .out_dir import check_room, remove_all, remove_folders, remove_partials
 from .plan import OutShard, Plan
-from .plan_texts import header_of, index_of
-from .resume import finished_files, output_names, refuse_other
+from .plan_texts import header_of
+from .resume import check_resumable, finished_files, output_names
 
 __all__ = ["OutputFolder", "ShardWriter", "output_folder"]
 
@@ -58,10 +57,9 @@ def output_folder(
         OutputRefusedError: it is not ours to write, or of another conversion.
         EnvironmentFaultError: the disk has no room.
     """
-    journal = check_out_dir(plan.root, out_dir, overwrite=overwrite)
+    journal = check_resumable(plan, out_dir, head, overwrite=overwrite)
     records = journal.records if journal else {}
     if journal and not overwrite:
-        refuse_other(journal.head, head, out_dir)
         check_room(plan, out_dir, records, 0)
     else:
         old = [path for path in map(out_dir.joinpath, records) if os.path.lexists(path)]
@@ -75,12 +73,11 @@ def output_folder(
     try:
         with locked(private):
             # What was seen before may be what another run did meanwhile.
-            journal = check_out_dir(plan.root, out_dir, overwrite=overwrite)
+            journal = check_resumable(plan, out_dir, head, overwrite=overwrite)
             finished: dict[str, Record] = {}
             if journal and overwrite:
                 remove_all(out_dir, journal.records)
             elif journal:
-                refuse_other(journal.head, head, out_dir)
                 finished = finished_files(
                     plan, journal, out_dir, trust_journal=trust_journal, threads=threads, say=say
                 )
@@ -137,18 +134,18 @@ class OutputFolder:
         self._publish(out.partial, Record(out.shard.name, out.shard.nbytes, digest, inexact_blocks))
         return out.shard
 
-    def finish(self) -> None:
-        """Write what makes the folder a checkpoint: configuration, and the index at the end."""
+    def finish(self, texts: Mapping[str, str]) -> None:
+        """Write what makes the folder a checkpoint: side files, and ``texts`` in their order.
+
+        ``texts``: name -> text of the configuration files, and of the index at the end.
+        """
         for file in self._plan.side_files:
             if file.name not in self.finished:
                 with file.path.open("rb") as read:
                     self._write(file.name, iter(partial(read.read, _COPY_NBYTES), b""))
-        for name, text in self._plan.files.items():
+        for name, text in texts.items():
             if name not in self.finished:
                 self._write(name, [text.encode()])
-        index = None if INDEX in self.finished else index_of(self._plan)
-        if index is not None:
-            self._write(INDEX, [index.encode()])
 
     def leave(self) -> None:
         """Remove what is not finished; the journal too if nothing is."""

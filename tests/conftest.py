@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,13 @@ def _signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def wait_for_a_shard(process: subprocess.Popen, out: Path) -> None:
+    """Until a conversion has finished a shard, and is in mid-work."""
+    while not list(out.glob("*.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.01)
 
 
 def read_json(path: Path):

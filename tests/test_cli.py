@@ -8,12 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import FIXTURES, read_files, run_cli
+from conftest import FIXTURES, read_files, run_cli, wait_for_a_shard
 
 import moe_ckpt
 
@@ -188,9 +187,7 @@ def interrupt(args, out, number, handler, code):
     start = partial(signal.signal, number, handler) if number != signal.SIGKILL else None
     with subprocess.Popen(args, stderr=subprocess.PIPE, text=True, preexec_fn=start) as process:
         assert process.stderr is not None
-        while not list(out.glob("*.safetensors")):
-            assert process.poll() is None
-            time.sleep(0.01)
+        wait_for_a_shard(process, out)
         process.send_signal(number)
         errors = process.stderr.read()
         assert process.wait(60) == code

@@ -10,13 +10,12 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import FIXTURES, run_cli
+from conftest import FIXTURES, run_cli, wait_for_a_shard
 from faults import tree
 
 import moe_ckpt
@@ -537,9 +536,7 @@ def test_a_second_conversion_is_told_who_is_first(slow_model, tmp_path):
     out = tmp_path / "out"
     args = [COMMAND, "convert", slow_model, out, "--max-shard-size", "40MB", "-q"]
     with subprocess.Popen(args) as first:
-        while not list(out.glob("*.safetensors")):
-            assert first.poll() is None
-            time.sleep(0.01)
+        wait_for_a_shard(first, out)
         first.send_signal(signal.SIGSTOP)
         second = subprocess.run(args, capture_output=True, text=True, check=False)
         third = subprocess.run([*args, "--overwrite"], capture_output=True, text=True, check=False)
@@ -558,9 +555,7 @@ def test_the_lock_of_the_dead_is_free(slow_model, tmp_path):
     out = tmp_path / "out"
     args = [COMMAND, "convert", slow_model, out, "--max-shard-size", "40MB", "-q"]
     with subprocess.Popen(args) as first:
-        while not list(out.glob("*.safetensors")):
-            assert first.poll() is None
-            time.sleep(0.01)
+        wait_for_a_shard(first, out)
         first.send_signal(signal.SIGKILL)
         assert first.wait() == -9
     assert (out / ".moe-ckpt" / "owner.json").exists()

@@ -21,7 +21,7 @@ from ..options import Limits
 from ..pool import Pool, environment_faults
 from ..quantizer import Worker
 from ..reader import SourceReader
-from ..schedule import Budget, budget_for
+from ..schedule import Budget, budget_for, gathered_nbytes
 from ..weights import weights_of
 from .beside import check_config, check_side_files
 from .compare import Compared, Comparer
@@ -77,7 +77,8 @@ def against_source(
         def keep(done: tuple[int, Compared]) -> None:
             results[done[0]] = done[1]
 
-        budget = budget or budget_for(backend, limits, _gathered_nbytes(pairs.matrices))
+        gathered = gathered_nbytes(pair.job for pair in pairs.matrices)
+        budget = budget or budget_for(backend, limits, gathered)
         with _readers(source.shards.values(), subject.source.shards.values()) as (here, there):
             comparers = {
                 Worker(here, backend.make(), budget): Comparer(
@@ -131,15 +132,3 @@ def _readers(
     finally:
         for reader in readers:
             reader.close()
-
-
-def _gathered_nbytes(pairs: Iterable[MatrixPair]) -> int:
-    """The largest output of a slab that must be complete before any of it is written."""
-    return max(
-        (
-            sum(region.slab_nbytes for region in pair.job.regions)
-            for pair in pairs
-            if pair.job.is_transposed != pair.job.is_stacked
-        ),
-        default=0,
-    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from ..dialects import find_dialect
 from ..errors import Problems
 from ..formats import Part, find_format
 from ..headers import TensorInfo
@@ -163,15 +162,7 @@ class Places:
         found: dict[str, tuple[Matrix, tuple[str, ...]]] = {}
         if self._detection is None:
             return found
-        make = UnitMaker(
-            self._weights,
-            self._detection,
-            find_dialect("none"),
-            None,
-            {},
-            Problems(),
-            may_requantize=True,
-        )
+        make = UnitMaker.to_read(self._weights, self._detection, Problems())
         for experts in self._detection.experts:
             if experts.layout == SPLIT:
                 continue

@@ -9,7 +9,7 @@ from ..errors import show
 from ..report import count_of, counted
 from .findings import Finding, Findings
 
-__all__ = ["document", "lines", "outcome"]
+__all__ = ["by_effect", "document", "lines", "outcome"]
 
 _SHOWN = 20
 _SHOWN_DIFFERENCES = 5
@@ -46,7 +46,7 @@ def outcome(findings: Findings) -> str:
 def lines(findings: Findings, *, quiet: bool = False) -> Iterator[str]:
     """Findings as lines: what is wrong and what it does, then who loads it, then counts."""
     for part, found in findings.by_part().items():
-        for effect, alike in _by_effect(found).items():
+        for effect, alike in by_effect(found).items():
             yield f"WRONG     {part}: {count_of(len(alike), 'finding')}"
             for finding in alike[:_SHOWN]:
                 yield f"  {finding.where}: {finding.problem}"
@@ -65,7 +65,8 @@ def lines(findings: Findings, *, quiet: bool = False) -> Iterator[str]:
         yield f"Not done  {part}: {why}"
 
 
-def _by_effect(found: list[Finding]) -> dict[str, list[Finding]]:
+def by_effect(found: list[Finding]) -> dict[str, list[Finding]]:
+    """Effect -> the findings that have it."""
     groups: dict[str, list[Finding]] = {}
     for finding in found:
         groups.setdefault(finding.effect, []).append(finding)
