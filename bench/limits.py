@@ -200,7 +200,7 @@ def _rates(cases: dict[str, Callable[[], float]], nbytes: int, rounds: int) -> l
 def _starts(workdir: Path, rounds: int) -> list[Figure]:
     """Seconds of processes, and until `moe-ckpt convert` reads."""
     lines = {"python, nothing": "pass"}
-    modules = ("numpy", "numba", "torch", "moe_ckpt.planner")
+    modules = ("numpy", "numba", "torch", "moe_ckpt.planning.planner")
     lines |= {f"import {name}": f"import {name}" for name in modules if find_spec(name)}
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="moe-ckpt-bench-", dir=workdir) as name:

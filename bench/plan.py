@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def once(folder: str, number_format: str) -> dict[str, Any]:
     """Plan, headers and index once, in seconds; this process imports no torch."""
-    from moe_ckpt.plan_texts import header_of, index_of
-    from moe_ckpt.planner import make_plan
+    from moe_ckpt.planning.planner import make_plan
+    from moe_ckpt.texts import header_of, index_of
 
     times = [perf_counter()]
     plan = make_plan(folder, format=number_format)

@@ -60,8 +60,8 @@ def _watch() -> Counter[tuple[str, str]]:
     """Count what the stages take from now on."""
     from moe_ckpt import conversion
     from moe_ckpt.engines import backend_for
-    from moe_ckpt.reader import SourceReader
-    from moe_ckpt.writer import ShardWriter
+    from moe_ckpt.output.writer import ShardWriter
+    from moe_ckpt.work.reader import SourceReader
 
     engine = type(backend_for("cpu").make())
     spent: Counter[tuple[str, str]] = Counter()

@@ -28,10 +28,10 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .conversion import Result, convert
-    from .options import Limits, Options
     from .plan import Plan
-    from .planner import make_plan
-    from .report import inspect
+    from .planning.options import Limits, Options
+    from .planning.planner import make_plan
+    from .report.plan_report import inspect
 
 __all__ = [
     "AmaxError",
@@ -60,13 +60,13 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Limits": "options",
-    "Options": "options",
+    "Limits": "planning.options",
+    "Options": "planning.options",
     "Plan": "plan",
     "Result": "conversion",
     "convert": "conversion",
-    "inspect": "report",
-    "make_plan": "planner",
+    "inspect": "report.plan_report",
+    "make_plan": "planning.planner",
 }
 
 

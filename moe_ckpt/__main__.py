@@ -16,7 +16,7 @@ def main() -> NoReturn:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup wants hangups ignored
             signal.signal(number, _leave)
     # Imports take a moment, in which an interrupt must not print a traceback.
-    from .process import main as run
+    from .cli.process import main as run
 
     run()
 

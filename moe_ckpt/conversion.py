@@ -14,20 +14,20 @@ from functools import partial
 from pathlib import Path
 from typing import Unpack
 
-from .checkpoint import INDEX
 from .engines import Backend, backend_for
 from .errors import EnvironmentFaultError, VerifyError, show
-from .journal import head_of, read_journal
-from .options import Limits, PlanOptions
-from .origin import file_sha256
-from .out_dir import check_out_dir, missing_nbytes
+from .output.journal import head_of, read_journal
+from .output.out_dir import check_out_dir, missing_nbytes
+from .output.writer import OutputFolder, ShardWriter, output_folder
 from .plan import Job, OutShard, Plan
-from .plan_texts import index_of
-from .planner import make_plan
-from .pool import Pool, environment_faults, pool_over
-from .quantizer import Worker
-from .schedule import Budget, batches, budget_for, gathered_nbytes
-from .writer import OutputFolder, ShardWriter, output_folder
+from .planning.options import Limits, PlanOptions
+from .planning.origin import file_sha256
+from .planning.planner import make_plan
+from .source.checkpoint import INDEX
+from .texts import index_of
+from .work.batches import Budget, batches, budget_for, gathered_nbytes
+from .work.pool import Pool, environment_faults, pool_over
+from .work.worker import Worker
 
 __all__ = ["Result", "convert", "execute"]
 
@@ -193,10 +193,10 @@ def _verify(root: Path, texts: Mapping[str, str], say: Callable[[str], None]) ->
 
     Scales that are carried over may differ where runtimes use one; that is said, and no error.
     """
+    from .report.verification import by_effect
     from .verify import Findings, check_parts
-    from .verify.report import by_effect
-    from .verify.scales import LOSSY
     from .verify.subject import open_subject
+    from .verify.values.scales import LOSSY
 
     findings = Findings()
     check_parts(open_subject(root, findings, texts), findings)

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from .checkpoint import SideFile
 from .dtypes import itemsize, nbytes_of
 from .formats import Part
-from .headers import Shard
 from .layouts import Experts
-from .origin import Origin
+from .planning.origin import Origin
+from .source.checkpoint import SideFile
+from .source.headers import Shard
 
 __all__ = ["Constant", "Copy", "Encoded", "Job", "OutShard", "OutTensor", "Plan", "Read"]
 __all__ += ["Region", "Slab", "by_alignment"]

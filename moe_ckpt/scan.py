@@ -8,23 +8,23 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from .amax_file import amax_text, source_digest
-from .checkpoint import open_source
 from .dtypes import FLOATS
-from .durable import publish, write_new
 from .engines import Backend
 from .errors import OutputRefusedError, Problems, show
 from .formats import find_format
 from .layouts import Detection, Given, detect
-from .modules import is_matrix, module_of
-from .options import Limits
-from .packing import QuantUnit
+from .layouts.roles import is_matrix, module_of
+from .output.durable import publish, write_new
 from .plan import Job
-from .pool import environment_faults, pool_over
-from .quantizer import Worker
-from .schedule import Batch, batches, budget_for
-from .units import UnitMaker
-from .weights import Weights, weights_of
+from .planning.amax_file import amax_text, source_digest
+from .planning.options import Limits
+from .planning.shards import QuantUnit
+from .planning.units import UnitMaker
+from .source.checkpoint import open_source
+from .source.weights import Weights, weights_of
+from .work.batches import Batch, batches, budget_for
+from .work.pool import environment_faults, pool_over
+from .work.worker import Worker
 
 __all__ = ["scan"]
 

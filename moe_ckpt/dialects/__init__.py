@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import UsageError
-from . import compressed_tensors, fp8, modelopt, plain
+from . import plain
+from .compressed_tensors import write as compressed_tensors
 from .dialect import Assignment, Dialect, QuantizedExperts, Spelling
+from .fp8 import write as fp8
 from .matching import TRANSFORMERS, UNQUANTIZED
+from .modelopt import write as modelopt
 
 __all__ = ["DIALECTS", "Assignment", "Dialect", "QuantizedExperts", "Spelling"]
 __all__ += ["dialect_for", "find_dialect", "loaders_of"]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..errors import EnvironmentFaultError, UsageError, show
 from ..formats import QuantFormat
 from ..plan import Encoded
-from ..stored import DTYPES
+from ..source.items import DTYPES
 
 __all__ = ["Backend", "Engine", "backend_for", "host_items"]
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..formats import QuantFormat, find_format
 from ..kernels import dequantize, quantize, rows
 from ..plan import Encoded
-from ..stored import numbers
+from ..source.items import numbers
 from . import Backend
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..stored import E4M3
+from ..source.items import E4M3
 from .elements import F32, compiled, row_of
 
 __all__ = ["E2M1", "INT4", "e4m3", "int8", "pairs"]

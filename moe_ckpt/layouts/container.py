@@ -8,7 +8,7 @@ from itertools import accumulate, product
 
 from ..dtypes import FLOATS
 from ..errors import LayoutError, show, show_some
-from ..headers import TensorInfo
+from ..source.headers import TensorInfo
 from .experts import Experts
 from .family import LAYOUTS, SPLIT, Family, Form
 from .fit import form_of

@@ -16,16 +16,16 @@ from typing import Any
 
 from ..dtypes import FLOATS
 from ..errors import LayoutError, Problems, show, show_some
-from ..headers import TensorInfo
-from ..modules import set_aside
-from ..strict_json import show_value
+from ..source.headers import TensorInfo
+from ..source.packings import name_of_packing
+from ..source.strict_json import show_value
 from .container import Container
 from .experts import Experts
 from .family import Family, Form
 from .given import Given, family_of_unknown, refuse_contradictions, with_layout, with_order
 from .layers import check_layers, refuse_disagreement, stack_of
 from .names import refuse_unrestorable, restore_names
-from .packed import name_of_packing
+from .roles import set_aside
 from .sizes import Sizes, model_type_of, num_hidden_layers, sizes_of
 from .table import UNSUPPORTED, find_family
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import LayoutError, show, show_some
-from ..strict_json import show_value
+from ..source.strict_json import show_value
 from .experts import Experts
 from .family import CONCAT, LAYOUTS, ORDERS, SPLIT, Family, Form
 

@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Set
 
 from ..errors import LayoutError, Problems, show, show_some
-from ..headers import TensorInfo
-from ..modules import module_of, reason_to_keep
+from ..source.headers import TensorInfo
 from .experts import Experts
 from .family import SPLIT
+from .roles import module_of, reason_to_keep
 
 __all__ = ["check_layers", "refuse_disagreement", "stack_of"]
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Set
 
 from ..errors import LayoutError, Problems, show_some
-from ..headers import TensorInfo
+from ..source.headers import TensorInfo
 from .experts import Experts
 from .family import SPLIT, Family
 from .layers import stack_of

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from ..errors import LayoutError
-from ..strict_json import show_value
+from ..source.strict_json import show_value
 
 __all__ = ["Sizes", "listed", "model_type_of", "num_hidden_layers", "sizes_of"]
 

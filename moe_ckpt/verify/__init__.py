@@ -14,7 +14,7 @@ from .findings import PARTS, Difference, Finding, Findings, Runtime
 
 if TYPE_CHECKING:
     from ..engines import Backend
-    from ..options import Limits
+    from ..planning.options import Limits
     from .subject import Subject
 
 __all__ = ["PARTS", "Difference", "Finding", "Findings", "Runtime", "check_parts", "verify"]
@@ -41,7 +41,7 @@ def verify(
         InputError: there is no such folder, or the source cannot be read.
         EnvironmentFaultError: disk, memory or GPU failed.
     """
-    from ..pool import environment_faults
+    from ..work.pool import environment_faults
     from .subject import open_subject
 
     findings = Findings()
@@ -52,9 +52,9 @@ def verify(
         findings.skipped["source"] = "no --source was given"
     else:
         from ..engines import backend_for
-        from ..options import Limits
+        from ..planning.options import Limits
 
-        part = import_module(".against_source", __name__)
+        part = import_module(".source.comparison", __name__)
         part.against_source(
             subject, source, findings, sample, backend or backend_for("cpu"), limits or Limits()
         )
@@ -67,11 +67,11 @@ def check_parts(subject: Subject, findings: Findings, *, read_weights: bool = Fa
     ``read_weights``: read whole weights too, for codes that are no numbers and for digests; else
     only scales are read.
     """
-    from .config_match import check_config
-    from .digests import check_digests
+    from .config.modules import check_config
     from .inventory import inventory_of
-    from .scales import check_scales
-    from .structure import check_structure
+    from .structure.digests import check_digests
+    from .structure.tensors import check_structure
+    from .values.scales import check_scales
 
     inventory = inventory_of(subject)
     check_structure(subject, inventory, findings)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from ..dialects.matching import UNQUANTIZED
 from ..dtypes import FLOATS
 from ..formats import Part
-from ..headers import TensorInfo
-from ..modules import is_matrix, module_of
+from ..layouts.roles import is_matrix, module_of
+from ..source.headers import TensorInfo
 from .stacks import read_stacks
 from .subject import Subject
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ..formats import Part
-from ..headers import TensorInfo
-from ..weights import Found
+from ..source.headers import TensorInfo
+from ..source.weights import Found
 
 __all__ = ["STACK_FORMS", "Stack", "StackForm", "read_stacks"]
 

@@ -13,15 +13,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..announced import HF_QUANT_CONFIG, Announced, everything_said, quantization_beside
-from ..checkpoint import CONFIG, INDEX, Source, is_safe_shard_name, shards_in
 from ..errors import CheckpointError, InputError, OutputRefusedError, show
-from ..headers import Shard, TensorInfo, read_header
-from ..journal import JOURNAL, PRIVATE, Journal, read_journal
 from ..layouts import Detection, detect
-from ..regular import read_regular
-from ..strict_json import parse_object, type_name
-from ..weights import Found, Weights, find_weights, weights_in
+from ..output.journal import JOURNAL, PRIVATE, Journal, read_journal
+from ..source.checkpoint import CONFIG, INDEX, Source, is_safe_shard_name, shards_in
+from ..source.declared import HF_QUANT_CONFIG, Announced, everything_said, quantization_beside
+from ..source.files import read_regular
+from ..source.headers import Shard, TensorInfo, read_header
+from ..source.strict_json import parse_object, type_name
+from ..source.weights import Found, Weights, find_weights, weights_in
 from .findings import Findings
 
 __all__ = ["Subject", "open_subject"]

@@ -1,0 +1,89 @@
+"""The command as a process: signals, errors, exit codes."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from ..errors import EnvironmentFaultError, InterruptedConversionError, MoeCkptError, show
+from .terminal import print_error
+
+__all__ = ["ignore_signals", "main", "run"]
+
+_SHOWN_PROBLEMS = 20
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with the code that the error tree documents."""
+    # numba imports it to look for a BLAS that no kernel uses, which takes longer than all of ours.
+    sys.modules.setdefault("scipy", None)  # type: ignore[arg-type]
+    for number in _SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup wants hangups ignored
+            signal.signal(number, _terminate)
+    from .commands import cli
+
+    code = run(cli)
+    ignore_signals()
+    sys.exit(code)
+
+
+def run(command: Callable[..., Any]) -> int:
+    """Run a command, print what went wrong, and return the exit code."""
+    try:
+        command(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return 0
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        return _fail(InterruptedConversionError())
+    except MoeCkptError as error:
+        ignore_signals()
+        return _fail(error)
+    except OSError as error:
+        if error.filename is None:
+            with suppress(OSError):
+                sys.stdout.close()  # else the interpreter tries again to write what is left
+        where = show(error.filename or "standard output")
+        return _fail(EnvironmentFaultError(f"{where}: {error.strerror}"))
+    except MemoryError:
+        return _fail(EnvironmentFaultError("memory ran out; free some and run again"))
+    except Exception:  # noqa: BLE001  any other exception is a bug to report
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="moe-ckpt-", suffix=".log", delete=False
+        ) as log:
+            log.write(traceback.format_exc())
+        print_error(f"this is a bug in moe-ckpt; please report it with the log {log.name}")
+        return 1
+
+
+def _fail(error: MoeCkptError) -> int:
+    for problem in error.problems[:_SHOWN_PROBLEMS]:
+        print_error(problem)
+    rest = len(error.problems) + error.more - _SHOWN_PROBLEMS
+    if rest > 0:
+        print_error(f"and {rest} more problems of this kind")
+    return error.exit_code
+
+
+def _terminate(signum: int, _frame: FrameType | None) -> NoReturn:
+    raise InterruptedConversionError(128 + signum)
+
+
+def ignore_signals() -> None:
+    """From now on nothing interrupts."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,1 @@
+"""The dialect of llm-compressor and the compressed-tensors library."""

@@ -1,0 +1,1 @@
+"""DeepSeek's dialect, ``quant_method: fp8``."""

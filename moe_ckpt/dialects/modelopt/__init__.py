@@ -1,0 +1,1 @@
+"""ModelOpt's dialect."""

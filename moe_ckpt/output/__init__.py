@@ -1,0 +1,1 @@
+"""The output folder: shards, journal, resume, lock."""

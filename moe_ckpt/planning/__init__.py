@@ -1,0 +1,1 @@
+"""From a source to a `Plan`: options, formats of modules, jobs, shards and offsets."""

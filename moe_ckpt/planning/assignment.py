@@ -1,0 +1,184 @@
+"""Which module becomes which format, as configuration files must say it.
+
+What stays and is quantized in the source keeps its form if the dialect can say so beside the
+formats of the recipe; else it is decoded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..dialects import Assignment, Dialect, QuantizedExperts
+from ..errors import LayoutError, Problems
+from ..formats import find_format
+from ..layouts import Detection, Experts
+from ..layouts.roles import module_of
+from ..source.weights import Weights
+from .choice import Choice, format_of_experts, output_name
+from .recipe import KEEP, Recipe
+
+__all__ = ["Assigned", "assign"]
+
+PLAIN = "bf16"
+# Of these some runtime builds none that are quantized, whatever a configuration says; to keep one
+# would cost the form of all others.
+_BUILT_PLAIN = ("embedding", "output head")
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """The formats, and the configuration files that say them.
+
+    ``experts``: the format of each group of routed experts, in the order of the detection.
+    ``stays``: source tensor that stays and is quantized in the source -> its format.
+    """
+
+    experts: tuple[str, ...]
+    stays: Mapping[str, str]
+    assignment: Assignment
+    files: Mapping[str, str]
+
+
+def assign(
+    config: Mapping[str, Any],
+    weights: Weights,
+    detection: Detection,
+    choice: Choice,
+    experts: Sequence[str],
+    dialect: Dialect,
+    *,
+    kv_cache: bool,
+) -> Assigned:
+    """Decide on what the recipe keeps, and write the configuration.
+
+    Args:
+        config: the source's.
+        weights: the source's.
+        detection: its experts.
+        choice: what happens to the other tensors.
+        experts: format or "keep" for each group of experts of the detection.
+        dialect: how the output is spelled.
+        kv_cache: whether the output stores k and v as FP8.
+
+    Raises:
+        LayoutError: no configuration tells every runtime what is quantized.
+    """
+    wanted = {*experts, *(chosen for _, chosen in choice.linears)} - {KEEP}
+
+    def form(name: str, in_form: bool) -> str:
+        encoded = weights.encoded(name)
+        stored = encoded.format
+        if not in_form or encoded.is_plain or stored not in dialect.spellings:
+            return PLAIN
+        target = find_format(stored)
+        if weights.tensors[name].shape[-1] % target.k_multiple:
+            return PLAIN
+        if target.input_scale and not encoded.has_input_scale:
+            return PLAIN  # its activations are not quantized with a scale that is stored
+        return stored if dialect.mixes or wanted <= {stored} else PLAIN
+
+    def form_of(found: Experts, in_form: bool) -> str:
+        forms = {form(side.tensors[0], in_form) for side in found.sides}
+        name = forms.pop()
+        rows = {n for side in found.sides for n in side.rows}
+        fits = not forms and not any(n % find_format(name).n_multiple for n in rows)
+        return name if fits else PLAIN
+
+    def attempt(in_form: bool) -> Assigned:
+        chosen = tuple(
+            form_of(found, in_form) if wish == KEEP else wish
+            for found, wish in zip(detection.experts, experts, strict=True)
+        )
+        stays = {
+            name: form(name, in_form and reason not in _BUILT_PLAIN)
+            for name, reason in choice.copies
+            if not weights.encoded(name).is_plain
+        }
+        formats = tuple(dict.fromkeys((*wanted, *chosen, *stays.values())))
+        mixed = tuple(name for name in formats if name != PLAIN)
+        if in_form and len(mixed) > 1 and dialect.refused_mix(mixed):
+            raise LayoutError(dialect.refused_mix(mixed))
+        assignment = _assignment(detection, choice, chosen, stays, kv_cache=kv_cache)
+        files = dialect.config_files(config, assignment)
+        return Assigned(chosen, stays, assignment, files)
+
+    try:
+        return attempt(in_form=True)
+    except LayoutError:
+        if not weights.encodings:
+            raise
+        return attempt(in_form=False)
+
+
+def formats_of_experts(detection: Detection, recipe: Recipe, problems: Problems) -> tuple[str, ...]:
+    """What the recipe says of each group of experts."""
+    return tuple(format_of_experts(found, recipe, problems) for found in detection.experts)
+
+
+def _assignment(
+    detection: Detection,
+    choice: Choice,
+    chosen: Sequence[str],
+    stays: Mapping[str, str],
+    *,
+    kv_cache: bool,
+) -> Assignment:
+    experts: dict[str, list[QuantizedExperts]] = {}
+    linears: dict[str, list[str]] = {}
+    for found, name in zip(detection.experts, chosen, strict=True):
+        experts.setdefault(name, []).append(_quantized(found))
+    for group, name in choice.linears:
+        linears.setdefault(name, []).extend(output_name(detection, module) for module in group)
+    inside: dict[str, dict[str, list[tuple[int, str]]]] = {}
+    quantized: set[str] = set()
+    for tensor, name in stays.items():
+        module = output_name(detection, module_of(tensor))
+        if name == PLAIN:
+            continue
+        match = _EXPERT.fullmatch(module)
+        if match:
+            layer = inside.setdefault(name, {}).setdefault(match[1], [])
+            layer.append((int(match[2]), match[3]))
+            quantized.add(match[1])
+        else:
+            linears.setdefault(name, []).append(module)
+            quantized.add(module)
+    for name, layers in inside.items():
+        for module, members in layers.items():
+            numbers = [number for number, _ in members]
+            projections = tuple(dict.fromkeys(projection for _, projection in members))
+            first, last = min(numbers), max(numbers)
+            experts.setdefault(name, []).append(
+                QuantizedExperts(module, first, last - first + 1, projections)
+            )
+    kept = [module for module in choice.kept if module not in quantized]
+    kept += built_as(detection)
+    aside: dict[str, Sequence[str]] = {}
+    for prefix, modules in choice.set_aside.items():
+        rest = [module for module in dict.fromkeys(modules) if module not in quantized]
+        if len(rest) == len(set(modules)):
+            aside[prefix] = modules
+        else:
+            kept += rest
+    return Assignment(
+        experts=experts,
+        linears=linears,
+        kept=kept,
+        set_aside=aside,
+        kv_cache=kv_cache,
+    )
+
+
+def built_as(detection: Detection) -> list[str]:
+    """Routers that runtimes build under names that no tensor has."""
+    family = detection.family
+    layers = {found.output.removesuffix(f".{family.split}") for found in detection.experts}
+    return [f"{layer}.{name}" for layer in sorted(layers) for name in family.built_as]
+
+
+def _quantized(found: Experts) -> QuantizedExperts:
+    return QuantizedExperts(found.output, found.first, found.num_experts, found.projections)

@@ -1,0 +1,87 @@
+"""Scales of an FP8 KV cache, from what k_proj and v_proj put out in calibration."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+
+from ..dialects import Dialect
+from ..errors import LayoutError, Problems, UsageError, show_some
+from ..layouts import Detection
+from ..layouts.roles import is_matrix, module_of, set_aside
+from ..plan import OutTensor
+from ..source.headers import TensorInfo
+from .calibration import Calibration
+from .choice import output_name
+from .shards import ConstantUnit, Unit
+
+__all__ = ["KV_SCALES", "kv_cache_units", "scale_name"]
+
+KV_SCALES = (".k_scale", ".v_scale")
+
+_E4M3_MAX = 448.0
+_SMALLEST_NORMAL = 2.0**-126
+
+
+def scale_name(name: str, dialect: Dialect) -> str:
+    """What the dialect calls a scale of the source's KV cache; other tensors keep their name.
+
+    >>> from moe_ckpt.dialects import find_dialect
+    >>> scale_name("model.layers.0.self_attn.k_scale", find_dialect("modelopt"))
+    'model.layers.0.self_attn.k_proj.k_scale'
+    """
+    if dialect.kv_scales is None or not name.endswith(KV_SCALES):
+        return name
+    attention, _, leaf = name.rpartition(".")
+    projection, suffix = f".{leaf[0]}_proj", dialect.kv_scales["kv".index(leaf[0])]
+    return f"{attention.removesuffix(projection)}.{suffix}"
+
+
+def kv_cache_units(
+    tensors: Mapping[str, TensorInfo],
+    detection: Detection,
+    dialect: Dialect,
+    calibration: Calibration | None,
+    problems: Problems,
+) -> list[tuple[str, Unit]]:
+    """A scale for k and for v of every attention layer: float32, output amax / 448.
+
+    Raises:
+        UsageError: the dialect has no KV cache scheme.
+    """
+    if dialect.kv_scales is None:
+        raise UsageError(
+            f"--kv-cache fp8: dialect {dialect.name} has no KV cache scheme; choose --dialect "
+            "modelopt or compressed-tensors"
+        )
+    assert calibration is not None
+    units: list[tuple[str, Unit]] = []
+    present = [name for name in tensors if name.endswith(KV_SCALES)]
+    if present:
+        problems.add(
+            LayoutError,
+            f"{show_some(present)}: the source has scales of the KV cache already; leave out "
+            "--kv-cache, and they are carried over",
+        )
+        return []
+    for name, info in tensors.items():
+        parent, _, leaf = module_of(name).rpartition(".")
+        if leaf != "k_proj" or not is_matrix(name, info.shape):
+            continue
+        if f"{parent}.v_proj.weight" not in tensors:
+            continue
+        if set_aside(name, detection.stacks, detection.num_layers):
+            continue
+        attention = module_of(output_name(detection, module_of(name)))
+        for projection, suffix in zip(("k_proj", "v_proj"), dialect.kv_scales, strict=True):
+            source = f"{parent}.{projection}"
+            amax = calibration.output_amax(source, output_name(detection, source), problems)
+            scale = max((amax or _E4M3_MAX) / _E4M3_MAX, _SMALLEST_NORMAL)
+            tensor = OutTensor(f"{attention}.{suffix}", "F32", dialect.scalar_shape)
+            units.append((name, ConstantUnit(tensor, struct.pack("<f", scale))))
+    if not units:
+        problems.add(
+            LayoutError,
+            "--kv-cache fp8: the model has no attention with k_proj and v_proj; leave it out",
+        )
+    return units

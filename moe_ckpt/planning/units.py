@@ -1,0 +1,304 @@
+"""Turn experts and linear layers into jobs: which bytes are read, and what they become."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from ..dialects import Dialect, find_dialect
+from ..dialects.matching import built_modules
+from ..dtypes import itemsize
+from ..errors import CheckpointError, FormatError, LayoutError, Problems, show, show_some
+from ..formats import Part, QuantFormat, find_format
+from ..formats.fitting import formats_that_fit
+from ..layouts import SPLIT, Detection, Experts, Range, Side
+from ..layouts.roles import module_of
+from ..plan import Encoded, Job, OutTensor, Slab
+from ..source.headers import TensorInfo
+from ..source.weights import Weights
+from .calibration import Calibration
+from .choice import output_name
+from .shards import CopyUnit, QuantUnit
+
+__all__ = ["UnitMaker"]
+
+_BIAS = "bias of routed experts"
+_NVFP4 = ("nvfp4", "nvfp4-w4a16")
+
+
+class UnitMaker:
+    """Makes units; problems are collected, not raised.
+
+    ``weight_amax`` is the largest magnitude of output modules, from a scan. ``part_blocks``
+    collects linear layers that end in a part of a block.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        detection: Detection,
+        dialect: Dialect,
+        calibration: Calibration | None,
+        weight_amax: Mapping[str, float],
+        problems: Problems,
+        *,
+        may_requantize: bool,
+    ) -> None:
+        self._weights = weights
+        self._detection = detection
+        self._dialect = dialect
+        self._calibration = calibration
+        self._weight_amax = weight_amax
+        self._problems = problems
+        self._may_requantize = may_requantize
+        self.part_blocks: list[str] = []
+
+    @classmethod
+    def to_read(cls, weights: Weights, detection: Detection, problems: Problems) -> UnitMaker:
+        """A maker whose units only say where weights lie; nothing of them is written."""
+        none = find_dialect("none")
+        return cls(weights, detection, none, None, {}, problems, may_requantize=True)
+
+    def of_experts(self, found: Experts, target: QuantFormat) -> list[CopyUnit | QuantUnit]:
+        """Experts of a layer, a matrix each: one unit, and units for their biases."""
+        jobs = tuple(self._experts_job(found, side, target) for side in found.sides)
+        biases = [bias for side in found.sides for bias in self._split_bias(found, side)]
+        return [QuantUnit(jobs), *biases]
+
+    def of_fused_experts(self, found: Experts, target: QuantFormat) -> list[CopyUnit | QuantUnit]:
+        """Experts of a layer, in the fused form of the source: a unit for each tensor."""
+        jobs = [self._experts_job(found, side, target, is_stacked=True) for side in found.sides]
+        tensors = self._weights.tensors
+        biases = [self.of_copy(tensors[name], name, _BIAS) for name in found.biases]
+        return [*(QuantUnit((job,)) for job in jobs), *biases]
+
+    def of_copy(self, info: TensorInfo, name: str, reason: str) -> CopyUnit:
+        """A tensor that stays as it is, under a name."""
+        (read,) = self._weights.reads(info.name)
+        return CopyUnit(info.name, read, (OutTensor(name, info.dtype, info.shape),), reason)
+
+    def of_stay(self, name: str, target: QuantFormat) -> list[QuantUnit]:
+        """A weight that stays, in its form or decoded; its input scale is the source's."""
+        info = self._weights.tensors[name]
+        if len(info.shape) != 2 or not name.endswith(".weight"):
+            self._problems.add(
+                CheckpointError,
+                f"{show(name)} {list(info.shape)}: is {self._weights.what_is(name)}; outside the "
+                "routed experts only quantized matrices of linear layers can be read",
+            )
+            return []
+        return [QuantUnit((self._linear_job([info], None, target),))]
+
+    def of_linears(self, group: Sequence[str], target: QuantFormat) -> list[QuantUnit]:
+        """One unit for linear layers that share an amax, or one for each if they do not."""
+        infos = [self._weights.tensors[f"{module}.weight"] for module in group]
+        amax = None
+        if self._calibration and target.input_scale:
+            names = [(module, output_name(self._detection, module)) for module in group]
+            amax = self._calibration.linears_amax(names, self._problems)
+        built = built_modules([output_name(self._detection, module) for module in group])
+        followed = {member for members in built.values() for member in members[:-1]}
+        for module, info in zip(group, infos, strict=True):
+            n, k = info.shape
+            whole = output_name(self._detection, module) in followed
+            if k % target.k_multiple or (whole and n % target.n_multiple):
+                shapes = [info.shape, *(other.shape for other in infos)]
+                self._indivisible(info.name, target, shapes)
+            elif n % target.n_multiple:
+                self.part_blocks.append(info.name)
+        alike = len({self._weights.encoded(info.name) for info in infos}) == 1
+        if len(infos) > 1 and target.shares_dense_amax and not alike:
+            self._problems.add(
+                LayoutError,
+                f"{show_some(info.name for info in infos)}: read the same input and must share a "
+                "scale, but differ in dtype",
+            )
+        together = target.shares_dense_amax and alike
+        return [
+            QuantUnit((self._linear_job(members, amax, target),))
+            for members in ([infos] if together else [[info] for info in infos])
+        ]
+
+    def _linear_job(self, infos: list[TensorInfo], amax: float | None, target: QuantFormat) -> Job:
+        modules = [output_name(self._detection, module_of(info.name)) for info in infos]
+        names = [info.name for info in infos]
+        rows = tuple(info.shape[0] for info in infos)
+        reads = tuple(map(self._weights.reads, names))
+        slab = Slab(reads, tuple(modules), tuple(names), self._amax_of(modules))
+        encoded = self._weights.encoded(names[0])
+        return self._job(
+            (slab,), rows, rows, infos[0].shape[1], encoded, target, names[0], input_amax=amax
+        )
+
+    def _experts_job(
+        self, found: Experts, side: Side, target: QuantFormat, *, is_stacked: bool = False
+    ) -> Job:
+        """The job of one side of a layer's experts, each a slab."""
+        self._check_sizes(found, side, target)
+        encoded = self._encoding_of(found, side)
+        slabs = []
+        for expert in range(found.num_experts):
+            ranges = found.ranges(side, expert)
+            module = _module(found, expert)
+            names = [f"{module}.{name}" for name in side.projections]
+            modules = [t.removesuffix("_blocks") for t in side.tensors] if is_stacked else names
+            labels = tuple([_label(range_, found, expert) for range_ in ranges])
+            reads = tuple([self._weights.reads(*range_) for range_ in ranges])
+            slabs.append(Slab(reads, tuple(modules), labels, self._amax_of(names)))
+        job = self._job(
+            tuple(slabs),
+            tuple(range_.num_items // side.columns for range_ in ranges),
+            side.rows,
+            side.columns,
+            encoded,
+            target,
+            f"{found.source} {'/'.join(side.projections)}",
+            input_amax=self._input_amax(found, side, target),
+        )
+        return replace(
+            job,
+            rows=(sum(side.rows),) if is_stacked else side.rows,
+            is_transposed=side.is_transposed,
+            is_interleaved=side.is_interleaved and not is_stacked,
+            is_stacked=is_stacked,
+        )
+
+    def _job(
+        self,
+        slabs: tuple[Slab, ...],
+        source_rows: tuple[int, ...],
+        rows: tuple[int, ...],
+        columns: int,
+        encoded: Encoded,
+        target: QuantFormat,
+        what: str,
+        *,
+        input_amax: float | None,
+    ) -> Job:
+        recoded = is_recoded(encoded, target)
+        source = find_format(encoded.format)
+        is_4_to_4 = source.weight_bits == target.weight_bits == 4
+        if is_4_to_4 and not recoded and not self._may_requantize:
+            self._problems.add(
+                FormatError,
+                f"{show(what)}: is {source.name} already, and {target.name} would round it a "
+                "second time; say --allow-requantize, or start from the original release",
+            )
+        if (
+            target.input_scale
+            and not target.constant_input_scale
+            and self._calibration is None
+            and not (recoded and encoded.has_input_scale)
+        ):
+            self._problems.add(
+                FormatError,
+                f"{show(what)}: has no input scale in the source, and {target.name} needs one; "
+                "give --stats FILE, or use fp8-channel or fp8-block (dynamic activations)",
+            )
+        return Job(
+            slabs=slabs,
+            source_rows=source_rows,
+            rows=rows,
+            columns=columns,
+            encoded=encoded,
+            dtype=encoded.parts[0].dtype if encoded.is_plain else "F32",
+            format=target.name,
+            parts=_parts(encoded, target) if recoded else target.parts,
+            inverse=tuple(sorted(self._dialect.spellings[target.name].inverse)),
+            input_amax=input_amax,
+            is_recoded=recoded,
+        )
+
+    def _encoding_of(self, found: Experts, side: Side) -> Encoded:
+        encodings = {self._weights.encoded(name): name for name in side.tensors}
+        if len(encodings) > 1:
+            kinds = [
+                f"{name} ({self._weights.what_is(name) or encoded.parts[0].dtype})"
+                for encoded, name in encodings.items()
+            ]
+            self._problems.add(
+                CheckpointError,
+                f"{show(found.source)}: {'/'.join(side.projections)} of its experts are stored in "
+                f"different ways: {show_some(kinds)}",
+            )
+        encoded, name = next(iter(encodings.items()))
+        if side.is_transposed and not encoded.is_plain:
+            self._problems.add(
+                CheckpointError,
+                f"{show(name)}: is {self._weights.what_is(name)}, stored [in, out]; quantized "
+                "experts are read only as [out, in]; start from the original release",
+            )
+        return encoded
+
+    def _split_bias(self, found: Experts, side: Side) -> Iterator[CopyUnit]:
+        """The bias of each expert, split as its weights are."""
+        if not side.bias:
+            return
+        info, rows = self._weights.tensors[side.bias], sum(side.rows)
+        for expert in range(found.num_experts):
+            module = _module(found, expert)
+            yield CopyUnit(
+                source=side.bias,
+                read=self._weights.reads(side.bias, expert * rows, rows)[0],
+                tensors=tuple(
+                    OutTensor(f"{module}.{name}.bias", info.dtype, (count,))
+                    for name, count in zip(side.projections, side.rows, strict=True)
+                ),
+                reason=_BIAS,
+                pair_nbytes=2 * itemsize(info.dtype) if side.is_interleaved else 0,
+            )
+
+    def _check_sizes(self, found: Experts, side: Side, target: QuantFormat) -> None:
+        if side.columns % target.k_multiple or any(n % target.n_multiple for n in side.rows):
+            shapes = [(n, side.columns) for n in side.rows] + [(found.hidden, found.intermediate)]
+            self._indivisible(f"{found.source} {'/'.join(side.projections)}", target, shapes)
+
+    def _input_amax(self, found: Experts, side: Side, target: QuantFormat) -> float | None:
+        if self._calibration is None or not target.input_scale:
+            return None
+        return self._calibration.experts_amax(found, side.projections, self._problems)
+
+    def _amax_of(self, modules: Sequence[str]) -> float | None:
+        if not self._weight_amax:
+            return None
+        known = [self._weight_amax.get(module) for module in modules]
+        return None if None in known else max(a for a in known if a is not None)
+
+    def _indivisible(
+        self, what: str, target: QuantFormat, shapes: Sequence[tuple[int, ...]]
+    ) -> None:
+        n, k = shapes[0]
+        rows = f"{n} rows and " if target.n_multiple > 1 else ""
+        self._problems.add(
+            FormatError,
+            f"{show(what)}: has {rows}{k} columns, {target.name} needs a multiple of "
+            f"{target.k_multiple}; use {formats_that_fit(shapes)}",
+        )
+
+
+def is_recoded(encoded: Encoded, target: QuantFormat) -> bool:
+    """Whether source parts become those of a format without being quantized anew."""
+    source, wanted = encoded.format, target.name
+    same = source == wanted or (source in _NVFP4 and wanted in _NVFP4)
+    return same or (source == "mxfp4" and wanted in _NVFP4)
+
+
+def _parts(encoded: Encoded, target: QuantFormat) -> tuple[Part, ...]:
+    """The parts of a recoded matrix: in the dtypes of the source where they would lose by others.
+
+    Weights keep their dtype; so do the scales of integers, which are those of the model.
+    """
+    stored = {part.role: part.dtype for part in encoded.parts}
+    keeps = {"bf16": "qweight"}.get(target.name, "block_scale" * target.name.startswith("int4"))
+    return tuple(
+        replace(part, dtype=stored[part.role]) if part.role == keeps else part
+        for part in target.parts
+    )
+
+
+def _module(found: Experts, expert: int) -> str:
+    return f"{found.output}.{found.first + expert}"
+
+
+def _label(range_: Range, found: Experts, expert: int) -> str:
+    return range_.tensor if found.layout == SPLIT else f"{range_.tensor}[expert {expert}]"

@@ -1,0 +1,267 @@
+"""Plans and results as text for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..dialects import find_dialect
+from ..errors import show
+from ..formats import find_format
+from ..layouts import Experts
+from ..plan import Plan
+from ..planning.options import Limits
+from ..planning.planner import make_plan
+from ..work.batches import peak_nbytes
+
+if TYPE_CHECKING:
+    from ..conversion import Result
+
+__all__ = [
+    "count_of",
+    "counted",
+    "inspect",
+    "plan_document",
+    "plan_lines",
+    "result_lines",
+    "size",
+    "table",
+]
+
+
+def inspect(in_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a default conversion of a folder would do, as a JSON-like document.
+
+    Reads headers only. Raises `InputError` if the checkpoint cannot be converted.
+    """
+    return plan_document(make_plan(in_dir, allow_requantize=True))
+
+
+def plan_document(plan: Plan, limits: Limits | None = None) -> dict[str, Any]:
+    """A plan as one JSON document; byte counts end in ``_nbytes``."""
+    return {
+        "schema": "moe-ckpt/plan",
+        "version": 1,
+        "digest": plan.digest(),
+        "model_type": plan.model_type,
+        "family": plan.family,
+        "loads_in": list(plan.loaders),
+        "formats": dict(plan.formats),
+        "dialect": plan.dialect,
+        "experts_as": plan.experts_as,
+        "experts": [
+            {
+                "source": found.source,
+                "output": found.output,
+                "layout": found.layout,
+                "gate_up_order": found.order,
+                "num_experts": found.num_experts,
+                "intermediate_size": found.intermediate,
+                "hidden_size": found.hidden,
+                "evidence": found.evidence,
+            }
+            for found in plan.experts
+        ],
+        "quantized": {
+            "matrices": plan.quantized_matrices,
+            "source_nbytes": plan.converted_nbytes,
+            "with_statistics": plan.stats_covered,
+        },
+        "copied": [
+            {"reason": reason, "tensors": count, "nbytes": nbytes}
+            for reason, count, nbytes in _kept_rows(plan)
+        ],
+        "source": {
+            "shards": len(plan.source_shards),
+            "tensors_nbytes": plan.source_nbytes,
+            "read_nbytes": plan.read_nbytes,
+        },
+        "output": {
+            "shards": [
+                {"name": shard.name, "tensors": len(shard.tensors), "nbytes": shard.nbytes}
+                for shard in plan.shards
+            ],
+            "tensors_nbytes": plan.tensors_nbytes,
+            "write_nbytes": plan.write_nbytes,
+            "files": [*plan.files, *(file.name for file in plan.side_files)],
+            "left_out": list(plan.left_out),
+        },
+        "peak_memory_nbytes": peak_nbytes(plan, limits or Limits()),
+        "notes": list(plan.notes),
+        "warnings": [
+            {"kind": kind, "message": text}
+            for kind, texts in plan.warnings_by_kind.items()
+            for text in texts
+        ],
+    }
+
+
+def plan_lines(plan: Plan, limits: Limits | None = None) -> Iterator[str]:
+    """A plan as lines of text."""
+    yield f"Model     {show(plan.model_type)}, family {plan.family}"
+    for count, example in _experts_kinds(plan):
+        yield (
+            f"Experts   {count} layers x {example.num_experts} experts, {_stored(example)}, as in "
+            f"{show(example.source)}"
+        )
+        yield f"Evidence  {example.evidence}"
+        yield f"Become    {_outcome(plan, example)}"
+    for name, count in plan.formats.items():
+        yield f"Format    {name}: {count_of(count, 'matrix')}, {find_format(name).summary}"
+    yield f"Dialect   {plan.dialect}: {find_dialect(plan.dialect).summary}"
+    elsewhere = "" if "transformers" in plan.loaders else "; not in transformers"
+    yield f"Loads in  {_list(plan.loaders) or 'no runtime known'}{elsewhere}"
+    yield ""
+    rows = [
+        (
+            "converted",
+            count_of(sum(plan.formats.values()), "matrix"),
+            size(plan.converted_nbytes),
+            "",
+        ),
+        *(
+            ("copied", count_of(count, "tensor"), size(nbytes), reason)
+            for reason, count, nbytes in _kept_rows(plan)
+        ),
+    ]
+    yield from table(("", "what", "in source", "why"), rows)
+    yield ""
+    yield (
+        f"Size      {size(plan.source_nbytes)} -> {size(plan.tensors_nbytes)} "
+        f"({plan.tensors_nbytes / max(plan.source_nbytes, 1):.0%}), "
+        f"{len(plan.source_shards)} -> {count_of(len(plan.shards), 'shard')}"
+    )
+    yield (
+        f"Work      read {size(plan.read_nbytes)}, write {size(plan.write_nbytes)}, at most "
+        f"{size(peak_nbytes(plan, limits or Limits()))} of memory beside the program itself"
+    )
+    if plan.stats_files:
+        yield (
+            f"Stats     {plan.stats_covered:,} of {plan.quantized_matrices:,} quantized matrices "
+            "have an activation amax"
+        )
+    if plan.left_out:
+        yield f"Left out  {_list(plan.left_out[:5])}" + (" ..." if len(plan.left_out) > 5 else "")
+
+
+def result_lines(result: Result) -> Iterator[str]:
+    """A finished conversion as lines of text."""
+    plan = result.plan
+    if result.was_complete:
+        yield f"already complete: {show(result.out_dir)}"
+        return
+    copied = sum(count for count, _ in plan.kept.values())
+    made = ", ".join(f"{count_of(n, 'matrix')} {name}" for name, n in plan.formats.items())
+    yield (
+        f"{made}, {count_of(copied, 'tensor')} copied; {size(plan.source_nbytes)} -> "
+        f"{size(plan.tensors_nbytes)} in {count_of(len(plan.shards), 'shard')}"
+    )
+    kinds = [f"{len(texts)} on {kind}" for kind, texts in plan.warnings_by_kind.items() if texts]
+    yield (
+        f"{result.seconds:.1f} s on {result.device}, "
+        f"{size(plan.read_nbytes / max(result.seconds, 1e-9))}/s; "
+        f"warnings: {', '.join(kinds) or 'none'}"
+    )
+    if result.inexact_blocks:
+        yield (
+            f"{count_of(result.inexact_blocks, 'block')} of MXFP4 could not be held exactly by "
+            "NVFP4: their exponents are too far below the largest of their matrix"
+        )
+    if result.verified:
+        yield f"verified: {', '.join(counted(result.verified))}"
+    yield f"written to {show(result.out_dir)}"
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
+    """Lines of a table with aligned columns."""
+    lines = [head, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    for line in lines:
+        yield "  ".join(
+            cell.ljust(width) for cell, width in zip(line, widths, strict=True)
+        ).rstrip()
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people, decimal as file sizes are.
+
+    >>> size(999), size(1_500_000), size(2e12)
+    ('999 B', '1.5 MB', '2.0 TB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def count_of(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> count_of(1, "shard"), count_of(2000, "tensor")
+    ('1 shard', '2,000 tensors')
+    """
+    plural = "matrices" if noun == "matrix" else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def counted(numbers: Mapping[str, int]) -> Iterator[str]:
+    """What there is some of, in words: nouns in the plural -> how many.
+
+    >>> list(counted({"shards": 1, "matrices in nvfp4": 1, "copied tensors compared": 2000}))
+    ['1 shard', '1 matrix in nvfp4', '2,000 copied tensors compared']
+    """
+    for noun, number in numbers.items():
+        one = re.sub(r"s(?= |$)", "", noun.replace("matrices", "matrix"), count=1)
+        if number:
+            yield f"{number:,} {one if number == 1 else noun}"
+
+
+def _stored(experts: Experts) -> str:
+    """The layout, and the order of gate and up where it is not the usual one."""
+    return experts.layout + (", gate and up interleaved" if experts.is_interleaved else "")
+
+
+def _outcome(plan: Plan, experts: Experts) -> str:
+    """The names that experts get in the output."""
+    job = next(job for job in plan.jobs if _is_of(job.slabs[0].modules[0], experts))
+    dialect = find_dialect(plan.dialect)
+    roles = [part.role for part in job.parts]
+    if job.is_stacked:
+        names = [dialect.tensor_name(job.format, "", role, True) for role in roles]
+        leaves = [name.rpartition(".")[2] for name in (experts.gate_up[0], experts.down[0])]
+        return f"{show(experts.source)}.{{{', '.join(leaves)}}}{{{', '.join(names)}}}"
+    names = [dialect.tensor_name(job.format, "", role, False)[1:] for role in roles]
+    last = experts.first + experts.num_experts - 1
+    return (
+        f"{show(experts.output)}.{{{experts.first} ... {last}}}"
+        f".{{{', '.join(experts.projections)}}}.{{{', '.join(names)}}}"
+    )
+
+
+def _is_of(module: str, experts: Experts) -> bool:
+    return module.startswith((f"{experts.output}.", f"{experts.source}."))
+
+
+def _kept_rows(plan: Plan) -> list[tuple[str, int, int]]:
+    rows = [(reason, count, nbytes) for reason, (count, nbytes) in plan.kept.items()]
+    return sorted(rows, key=lambda row: (-row[2], row[0]))
+
+
+def _experts_kinds(plan: Plan) -> list[tuple[int, Experts]]:
+    """Layers alike, counted, with the first of each kind."""
+
+    def kind(found: Experts) -> tuple[object, ...]:
+        sizes = (found.num_experts, found.intermediate, found.hidden)
+        return (found.layout, found.order, found.first, *sizes)
+
+    kinds = Counter(map(kind, plan.experts))
+    first = {kind(found): found for found in reversed(plan.experts)}
+    return [(count, first[key]) for key, count in kinds.items()]
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(show(name) for name in names)

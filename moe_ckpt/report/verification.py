@@ -1,0 +1,89 @@
+"""Findings as text for people and as JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..errors import show
+from ..verify.findings import Finding, Findings
+from .plan_report import count_of, counted
+
+__all__ = ["by_effect", "document", "lines", "outcome"]
+
+_SHOWN = 20
+_SHOWN_DIFFERENCES = 5
+
+
+def document(findings: Findings) -> dict[str, Any]:
+    """Findings as one JSON document; ``snr_db`` is null where nothing was lost."""
+    return {
+        "schema": "moe-ckpt/verification",
+        "version": 1,
+        "is_clean": findings.is_clean,
+        "findings": [finding._asdict() for finding in findings.found],
+        "runtimes": [
+            {"name": runtime.name, "loads": runtime.loads, "why_not": runtime.why_not}
+            for runtime in findings.runtimes
+        ],
+        "counts": dict(findings.counts),
+        "differences": [
+            found._asdict() | {"snr_db": found.snr_db if found.snr_db < float("inf") else None}
+            for found in findings.differences
+        ],
+        "skipped": dict(findings.skipped),
+    }
+
+
+def outcome(findings: Findings) -> str:
+    """The outcome in a few words."""
+    if findings.is_clean:
+        return "nothing is wrong"
+    parts = [f"{len(found):,} on {part}" for part, found in findings.by_part().items() if found]
+    return f"{count_of(len(findings.found), 'finding')}: {', '.join(parts)}"
+
+
+def lines(findings: Findings, *, quiet: bool = False) -> Iterator[str]:
+    """Findings as lines: what is wrong and what it does, then who loads it, then counts."""
+    for part, found in findings.by_part().items():
+        for effect, alike in by_effect(found).items():
+            yield f"WRONG     {part}: {count_of(len(alike), 'finding')}"
+            for finding in alike[:_SHOWN]:
+                yield f"  {finding.where}: {finding.problem}"
+            if len(alike) > _SHOWN:
+                yield f"  and {len(alike) - _SHOWN:,} more"
+            yield f"  then      {effect}"
+    if quiet:
+        return
+    for runtime in findings.runtimes:
+        verdict = "loads it" if runtime.loads else f"does not load it: {runtime.why_not}"
+        yield f"{runtime.name:<14}{verdict}"
+    if findings.counts:
+        yield f"Checked   {', '.join(counted(findings.counts))}"
+    yield from _difference_lines(findings)
+    for part, why in findings.skipped.items():
+        yield f"Not done  {part}: {why}"
+
+
+def by_effect(found: list[Finding]) -> dict[str, list[Finding]]:
+    """Effect -> the findings that have it."""
+    groups: dict[str, list[Finding]] = {}
+    for finding in found:
+        groups.setdefault(finding.effect, []).append(finding)
+    return groups
+
+
+def _difference_lines(findings: Findings) -> Iterator[str]:
+    """How far each format is from the source, and the modules that are farthest."""
+    by_format: dict[str, list[float]] = {}
+    for found in findings.differences:
+        by_format.setdefault(found.format, []).append(found.snr_db)
+    for name, snr in by_format.items():
+        mean = sum(snr) / len(snr)
+        yield (
+            f"Distance  {name}: {count_of(len(snr), 'module')}, {mean:.1f} dB on average, "
+            f"{min(snr):.1f} dB at least"
+        )
+    worst = sorted(findings.differences, key=lambda found: found.snr_db)
+    for found in worst[:_SHOWN_DIFFERENCES] if len(worst) > 1 else ():
+        yield f"  {found.snr_db:6.1f} dB  {show(found.module)}"

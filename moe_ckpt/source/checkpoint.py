@@ -1,0 +1,265 @@
+"""A checkpoint folder, read without its weights: headers, index, config and side files.
+
+Headers, index and config must agree with each other; which files are copied beside the weights
+is decided here too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, Problems, show, show_some
+from .files import read_failure, read_regular
+from .headers import Shard, TensorInfo, read_header
+from .strict_json import parse_object, show_value, type_name
+
+__all__ = ["SideFile", "Source", "is_safe_shard_name", "open_source", "shards_in"]
+
+# What loaders look for in a folder, in the source and in the output alike.
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_CONFIG_CAP_NBYTES = 30_000_000
+_INDEX_CAP_NBYTES = 100_000_000
+
+# Weights in other formats: loaders would find them beside ours, and pickles can run code.
+_OTHER_WEIGHTS = (
+    ".bin .ckpt .gguf .h5 .mlmodel .msgpack .npy .npz .onnx .ot .pickle .pkl .pt .pth .safetensors"
+).split()
+_SKIPPED_FOLDERS = {".cache", ".git", ".moe-ckpt", "original"}
+_REWRITTEN = {CONFIG, INDEX, "hf_quant_config.json", "moe-ckpt-recipe.toml"}
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file copied as it is; ``name`` is its path relative to the checkpoint, ``/`` separated."""
+
+    name: str
+    path: Path
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint whose headers, index and config agree with each other."""
+
+    root: Path
+    config: Mapping[str, Any]
+    shards: Mapping[str, Shard]
+    tensors: Mapping[str, TensorInfo]
+    side_files: tuple[SideFile, ...]
+    left_out: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def open_source(folder: str | os.PathLike[str]) -> Source:
+    """Read everything but the weights of a checkpoint folder.
+
+    Raises:
+        CheckpointError: with every damaged, missing or contradictory file that was found.
+        EnvironmentFaultError: the disk failed.
+    """
+    root = Path(folder)
+    if not os.path.isdir(root):
+        raise CheckpointError(
+            f"{show(root)}: is not a folder with a checkpoint; give the one that holds config.json"
+        )
+    try:
+        return _open_source(root)
+    except OSError as error:
+        raise read_failure(error, error.filename or str(root), CheckpointError) from None
+
+
+def _open_source(root: Path) -> Source:
+    if not (root / CONFIG).exists() and (root / "adapter_config.json").exists():
+        raise CheckpointError(
+            "adapter_config.json: this is a LoRA adapter without its model; merge it into the "
+            "model first"
+        )
+    if not os.path.lexists(root / CONFIG):
+        raise CheckpointError(
+            f"{CONFIG}: is missing in {show(root)}; download it, or give the folder that holds it"
+        )
+    config = parse_object(
+        read_regular(root / CONFIG, _CONFIG_CAP_NBYTES, CheckpointError),
+        CONFIG,
+        CheckpointError,
+        constants=True,  # transformers writes Infinity, e.g. for time_step_limit
+    )
+    weight_map, warnings = _find_shards(root)
+    problems = Problems()
+    shards: dict[str, Shard] = {}
+    tensors: dict[str, TensorInfo] = {}
+    present = shards_in(root)
+    for name in sorted(set(weight_map.values())) if weight_map else [_only_shard(root)]:
+        if name not in present:
+            problems.add(
+                CheckpointError, f"{name}: shard is missing; download the checkpoint again"
+            )
+            continue
+        read = problems.catch(partial(read_header, root / name))
+        if read is None:
+            continue
+        shards[name], found = read
+        for info in found:
+            if info.name in tensors:
+                problems.add(
+                    CheckpointError,
+                    f"{show(info.name)}: is in two shards, {tensors[info.name].shard} and {name}; "
+                    "download both again, with their index",
+                )
+            tensors[info.name] = info
+    problems.check()
+    if weight_map:
+        warnings += _compare_with_index(weight_map, tensors)
+    side_files, left_out, more = _side_files(root, set(shards))
+    return Source(
+        root=root,
+        config=config,
+        shards=shards,
+        tensors=tensors,
+        side_files=tuple(side_files),
+        left_out=tuple(left_out),
+        warnings=(*warnings, *more),
+    )
+
+
+def _find_shards(root: Path) -> tuple[dict[str, str], list[str]]:
+    """The weight_map of the index ({} if there is none), and warnings about other shards."""
+    if not os.path.lexists(root / INDEX):
+        return {}, []
+    index = parse_object(
+        read_regular(root / INDEX, _INDEX_CAP_NBYTES, CheckpointError), INDEX, CheckpointError
+    )
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f'{INDEX}: "weight_map" must be an object that names each tensor\'s shard, found '
+            f"{type_name(weight_map) if weight_map != {} else 'an empty one'}; download it again"
+        )
+    problems = Problems()
+    names = {shard for shard in weight_map.values() if isinstance(shard, str)}
+    safe = {name for name in names if is_safe_shard_name(name)}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or shard not in safe:
+            problems.add(
+                CheckpointError,
+                f'{INDEX}: weight_map["{show(tensor)}"] is {show_value(shard)}; expected the '
+                "plain name of a .safetensors file in the same folder",
+            )
+    problems.check()
+    strays = shards_in(root) - names
+    if SINGLE in strays:
+        raise CheckpointError(
+            f"{SINGLE}: stands beside {INDEX}, which does not name it; loaders disagree on which "
+            "to read. Remove the stale one"
+        )
+    if strays:
+        return weight_map, [f"left out, the index does not name it: {show_some(sorted(strays))}"]
+    return weight_map, []
+
+
+def is_safe_shard_name(name: str) -> bool:
+    """Whether a name from an index is that of a file in the same folder."""
+    return (
+        name.endswith(".safetensors")
+        and name == os.path.basename(name)
+        and len(name) <= 255
+        and not any(c in name for c in "/\\\0:")
+        and name.isprintable()
+    )
+
+
+def shards_in(root: Path) -> set[str]:
+    """Names of all .safetensors files in a folder."""
+    return {entry.name for entry in os.scandir(root) if entry.name.endswith(".safetensors")}
+
+
+def _only_shard(root: Path) -> str:
+    shards = sorted(name for name in shards_in(root) if not _is_other_index(name))
+    if len(shards) == 1:
+        return shards[0]
+    if shards:
+        raise CheckpointError(
+            f"{INDEX}: is missing, and the folder holds {len(shards)} .safetensors files "
+            f"({show_some(shards)}); download the index"
+        )
+    others = sorted(
+        e.name for e in os.scandir(root) if Path(e.name).suffix in {".bin", ".pt", ".pth", ".gguf"}
+    )
+    found = f"only {show_some(others)}" if others else "no weights"
+    raise CheckpointError(
+        f"{show(root)}: has no .safetensors files, {found}; moe-ckpt reads safetensors, download "
+        "those"
+    )
+
+
+def _compare_with_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> list[str]:
+    problems = Problems()
+    for name, shard in weight_map.items():
+        info = tensors.get(name)
+        if info is None:
+            problems.add(
+                CheckpointError, f"{INDEX}: {show(name)}: is not in {shard}; download it again"
+            )
+        elif info.shard != shard:
+            problems.add(
+                CheckpointError,
+                f"{INDEX}: {show(name)}: is in {info.shard}, not in {shard}; download the index "
+                "and both again",
+            )
+    problems.check()
+    unlisted = [name for name in tensors if name not in weight_map]
+    if not unlisted:
+        return []
+    return [f"carried over, though the index does not name it: {show_some(unlisted)}"]
+
+
+def _side_files(root: Path, shards: set[str]) -> tuple[list[SideFile], list[str], list[str]]:
+    """Files to copy, names left out by rule, and warnings about those left out for safety."""
+    real_root = Path(os.path.realpath(root))
+    # In a hub cache, snapshots/REV/FILE is a link to ../../blobs/HASH.
+    allowed = (real_root, real_root.parent.parent / "blobs")
+    files: list[SideFile] = []
+    left_out = ["original/"] if (root / "original").is_dir() else []
+    warnings: list[str] = []
+    for path in sorted(_walk(root)):
+        name = path.relative_to(root).as_posix()
+        if name in shards or name in _REWRITTEN:
+            continue
+        if path.suffix in _OTHER_WEIGHTS or _is_other_index(path.name):
+            left_out.append(name)
+            continue
+        target = Path(os.path.realpath(path))
+        if path.is_symlink() and not any(target.is_relative_to(folder) for folder in allowed):
+            warnings.append(f"left out, it links outside the checkpoint: {show(name)}")
+        elif not target.is_file():
+            warnings.append(f"left out, it is not a regular file: {show(name)}")
+        else:
+            files.append(SideFile(name, path, target.stat().st_size))
+    return files, left_out, warnings
+
+
+def _is_other_index(name: str) -> bool:
+    return name.startswith("consolidated") or name.endswith(
+        (".safetensors.index.json", ".bin.index.json")
+    )
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, subfolders, names in os.walk(root, onerror=fail):
+        if Path(folder) == root:
+            subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
+        for name in names:
+            yield Path(folder, name)
+        for name in subfolders:
+            if Path(folder, name).is_symlink():
+                yield Path(folder, name)

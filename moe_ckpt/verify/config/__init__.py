@@ -1,0 +1,1 @@
+"""Part 3: what runtimes make of the configuration."""

@@ -1,0 +1,61 @@
+"""Modules without an activation scale that runtimes take one of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ...dialects.matching import Built, UndecidedError
+from ...dialects.reading import Reading
+from ...errors import show
+from ..findings import Findings
+from ..inventory import Inventory, Module
+
+__all__ = ["check_inputs"]
+
+
+def check_inputs(
+    inventory: Inventory, by_runtime: Mapping[str, Reading], findings: Findings
+) -> None:
+    """Report modules without an activation scale that runtimes take one of."""
+    reading = next(iter(by_runtime.values()), None)
+    if reading is None or not reading.static:
+        return
+    bare = {
+        module.name: module
+        for module in inventory.quantized
+        if module.tensor("input_scale") is None
+        and module.format.removesuffix("-w4a16") in reading.static
+    }
+    if not bare:
+        return
+    for name, experts in inventory.experts.items():
+        members = {module.name: module for module in experts.matrices if module.name in bare}
+        found = _read(reading, Built(name, tuple(members), None, is_experts=True))
+        if members and found in reading.static and not _is_told_already(members, findings):
+            _add_bare(next(iter(members.values())), len(members), findings)
+    for name in bare:
+        if name in inventory.linears and _read(reading, Built(name, (name,), None)):
+            _add_bare(bare[name], 1, findings)
+
+
+def _read(reading: Reading, module: Built) -> str | None:
+    try:
+        return next(iter(reading.readers.values()))(module)
+    except UndecidedError:
+        return None
+
+
+def _is_told_already(members: Mapping[str, Module], findings: Findings) -> bool:
+    told = {finding.where for finding in findings.found if finding.part == "structure"}
+    return any(where.startswith(f"{name}.input") for name in members for where in told)
+
+
+def _add_bare(module: Module, count: int, findings: Findings) -> None:
+    inputs = "input_global_scale" if module.inverse else "input_scale"
+    more = f", and {count - 1} more of the layer lack it too" if count > 1 else ""
+    findings.add(
+        "structure",
+        show(f"{module.name}.{inputs}"),
+        f"is missing; the configuration says that activations have a static scale{more}",
+        "vLLM takes what memory held for NVFP4 and 1.0 for FP8, SGLang takes 1.0: nothing is said",
+    )

@@ -1,0 +1,131 @@
+"""Whether configuration files agree with each other, and name what can be named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from ...dialects.reading import Reading
+from ...errors import show, show_some
+from ...planning.kv_cache import KV_SCALES
+from ...source.declared import HF_QUANT_CONFIG
+from ..findings import Findings
+from ..inventory import Inventory, expert_of
+from ..subject import Subject
+
+__all__ = ["check_kv_cache", "check_single_experts", "check_two_files"]
+
+# What vLLM wants of the file, where it goes by it.
+_KEYS_BESIDE = {
+    **dict.fromkeys(
+        ("NVFP4", "W4A16_NVFP4"), ("group_size", "kv_cache_quant_algo", "exclude_modules")
+    ),
+    "MXFP8": ("kv_cache_quant_algo", "exclude_modules"),
+}
+
+_TWO_FILES = (
+    "TensorRT-LLM goes by hf_quant_config.json, vLLM and SGLang by config.json: one is wrong"
+)
+
+
+def check_two_files(subject: Subject, readings: Mapping[str, Reading], findings: Findings) -> None:
+    """config.json and hf_quant_config.json must say the same."""
+    beside = next((said for said in subject.said if said.where == HF_QUANT_CONFIG), None)
+    config = next((said for said in subject.said if said.where != HF_QUANT_CONFIG), None)
+    if beside is None or config is None:
+        return
+    if config.method != "modelopt":
+        findings.add(
+            "config",
+            HF_QUANT_CONFIG,
+            f"is there beside quant_method {show(config.method)!r} in config.json",
+            _TWO_FILES,
+        )
+        return
+    one, other = readings[config.where], readings[HF_QUANT_CONFIG]
+    differences = [
+        f'has no "{key}", which vLLM wants there'
+        for key in _KEYS_BESIDE.get(str(beside.said.get("quant_algo")).upper(), ())
+        if key not in beside.said
+    ]
+    algos = [str(said.said.get("quant_algo", "")).upper() for said in (config, beside)]
+    if algos[0] != algos[1]:
+        differences.append(f"quant_algo is {show(algos[1])}, in config.json {show(algos[0])}")
+    for name, here, there in (
+        ("exclude_modules", other.entries, one.entries),
+        ("quantized_layers", tuple(other.layers.items()), tuple(one.layers.items())),
+    ):
+        more, less = sorted({*here} - {*there}), sorted({*there} - {*here})
+        if more:
+            differences.append(f"{name} has {show_some(more)}, and config.json has not")
+        if less:
+            differences.append(f"{name} lacks {show_some(less)}, which config.json has")
+    schemes = [said.has_kv_cache for said in (config, beside)]
+    if schemes[0] != schemes[1]:
+        said = ["an FP8 KV cache" if has else "no FP8 KV cache" for has in schemes]
+        differences.append(f"says {said[1]}, and config.json {said[0]}")
+    for difference in differences:
+        findings.add("config", HF_QUANT_CONFIG, difference, _TWO_FILES)
+
+
+def check_single_experts(
+    inventory: Inventory, readings: Mapping[str, Reading], findings: Findings
+) -> None:
+    """Report experts that are listed one by one where the layer is quantized."""
+    for where, reading in readings.items():
+        for entry in reading.entries:
+            found = None if entry.startswith("re:") else expert_of(_whole_name(entry))
+            experts = inventory.experts.get(found[0]) if found else None
+            if experts and any(module.is_quantized for module in experts.matrices):
+                findings.add(
+                    "config",
+                    show(entry),
+                    f"is listed as not quantized in {where}, one expert of a layer that is",
+                    "vLLM builds all experts of the layer in 16 bits, and stops at their shapes",
+                )
+
+
+def _whole_name(entry: str) -> str:
+    """An entry as the name of a matrix: an expert may be named without its projection."""
+    entry = entry.rstrip("*").rstrip(".")
+    return f"{entry}.x" if re.search(r"experts\.[0-9]+$", entry) else entry
+
+
+def check_kv_cache(subject: Subject, findings: Findings) -> None:
+    """A scheme for the KV cache and its scales go together."""
+    tensors = subject.source.tensors
+    scales = [name for name in tensors if name.endswith(KV_SCALES)]
+    announced = any(said.has_kv_cache for said in subject.said)
+    any_scheme = announced or any(said.unknown_kv_cache for said in subject.said)
+    if announced and not scales:
+        findings.add(
+            "config",
+            show(subject.said[0].where),
+            "says that the KV cache is FP8, and there is no k_scale and v_scale",
+            "vLLM warns and takes 1.0: keys and values above 448 are cut off",
+        )
+    if scales and not any_scheme:
+        findings.add(
+            "config",
+            show(scales[0]),
+            f"is one of {len(scales)} scales of a KV cache that no file says is quantized",
+            "runtimes keep the cache in 16 bits, and loaders that know no such name stop",
+        )
+    for name in scales:
+        other = re.sub(r"(k_proj\.k|v_proj\.v|k|v)_scale$", _other_scale, name)
+        if other not in tensors:
+            findings.add(
+                "config",
+                show(other),
+                f"is missing beside {show(name)}",
+                "vLLM takes the one for both",
+            )
+
+
+def _other_scale(match: re.Match[str]) -> str:
+    return {
+        "k_proj.k": "v_proj.v_scale",
+        "v_proj.v": "k_proj.k_scale",
+        "k": "v_scale",
+        "v": "k_scale",
+    }[match[1]]

@@ -1,0 +1,1 @@
+"""Part 4: quantized again, or decoded, beside the source."""

@@ -1,0 +1,354 @@
+"""Pair the tensors of a source with those of a checkpoint that was made from it.
+
+Names decide: a weight goes where its module's output name says. What has no counterpart on the
+other side is a finding. A pair of matrices knows the job that would make the one of the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ...dtypes import FLOATS
+from ...errors import InputError, show
+from ...formats import find_format
+from ...layouts import Detection, Experts, Side
+from ...layouts.roles import amax_groups, is_matrix, module_of, reason_to_keep, set_aside
+from ...plan import Copy, Encoded, Job
+from ...planning.choice import output_name
+from ...planning.kv_cache import KV_SCALES
+from ...planning.shards import CopyUnit
+from ...planning.units import is_recoded
+from ...source.headers import TensorInfo
+from ...source.weights import Weights
+from ..findings import Findings
+from ..subject import Subject
+from .places import Places, expert_of
+from .remake import Maker, Recipe, jobs_of, only_job
+from .sink import Segment
+
+__all__ = ["CopyPair", "MatrixPair", "Pairs", "pair_up"]
+
+_LOST = "the model runs without it, or on numbers that a runtime made up"
+_UNKNOWN = "whether its weights are those of the source is not known"
+
+
+class CopyPair(NamedTuple):
+    """Bytes of the source that should be found again, in these segments."""
+
+    copy: Copy
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixPair:
+    """A slab of a job, and the weights that its matrices should have become, as `Places` has them.
+
+    ``is_made``: whether the job makes what is there, and so bytes can be compared.
+    """
+
+    job: Job
+    slab: int
+    names: tuple[str | None, ...]
+    is_made: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Everything that has a counterpart, in the order of the source."""
+
+    copies: tuple[CopyPair, ...]
+    matrices: tuple[MatrixPair, ...]
+
+
+def pair_up(
+    subject: Subject, weights: Weights, detection: Detection, places: Places, findings: Findings
+) -> Pairs:
+    """Pair a source, given by its weights and experts, with a checkpoint."""
+    pairing = _Pairing(subject, weights, detection, places, findings)
+    pairing.pair()
+    order = {name: position for position, name in enumerate(weights.tensors)}
+
+    def position(pair: MatrixPair) -> tuple[int, int]:
+        label = pair.job.slabs[pair.slab].labels[0]
+        return order[label.partition("[expert ")[0]], pair.slab
+
+    return Pairs(
+        tuple(sorted(pairing.copies, key=lambda pair: order[pair.copy.source])),
+        tuple(sorted(pairing.matrices, key=position)),
+    )
+
+
+class _Pairing:
+    """One run of `pair_up`."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        weights: Weights,
+        detection: Detection,
+        places: Places,
+        findings: Findings,
+    ) -> None:
+        self._subject = subject
+        self._weights = weights
+        self._detection = detection
+        self._places = places
+        self._findings = findings
+        self._out = subject.weights
+        self._maker = Maker(weights, detection)
+        self._explained: set[str] = set()
+        self.copies: list[CopyPair] = []
+        self.matrices: list[MatrixPair] = []
+
+    def pair(self) -> None:
+        """Look at every tensor of the source, then at what is left in the checkpoint."""
+        tensors, detection = self._weights.tensors, self._detection
+        consumed: set[str] = set()
+        for found in detection.experts:
+            consumed.update(found.tensors)
+            for side in found.sides:
+                self._experts(found, side)
+        candidates = []
+        for name, info in tensors.items():
+            if name in consumed:
+                continue
+            if not self._is_matrix(info):
+                self._single(name, info)
+            elif self._is_candidate(name):
+                candidates.append((module_of(name), info.shape[1]))
+            else:
+                self._linears((module_of(name),))
+        for group in amax_groups(candidates):
+            self._linears(group)
+        self._findings.counts["source tensors"] += len(tensors)
+        for name in self._out.tensors:
+            if name not in self._explained and not self._is_kv_scale(name):
+                self._add(
+                    name,
+                    "is not in the source, and nothing there becomes it",
+                    "runtimes that know the name load it, others stop",
+                )
+
+    def _is_kv_scale(self, name: str) -> bool:
+        return self._out.kv_cache and name.endswith(KV_SCALES)
+
+    def _is_matrix(self, info: TensorInfo) -> bool:
+        """Whether a tensor is a matrix of numbers and quantized on at least one side."""
+        if not is_matrix(info.name, info.shape) or info.dtype not in FLOATS:
+            return False
+        name = self._find(info.name)
+        plain = self._weights.encoded(info.name).is_plain
+        return name is not None and not (plain and self._out.encoded(name).is_plain)
+
+    def _is_candidate(self, name: str) -> bool:
+        """Whether it is a linear layer that may share an amax with others."""
+        aside = set_aside(name, self._detection.stacks, self._detection.num_layers)
+        return aside is None and reason_to_keep(module_of(name)) is None
+
+    def _find(self, name: str) -> str | None:
+        """The counterpart of a tensor outside the experts."""
+        tensors = self._out.tensors
+        for candidate in (output_name(self._detection, name), name):
+            if candidate in tensors:
+                return candidate
+        if name.endswith(KV_SCALES):
+            attention, _, leaf = name.rpartition(".")
+            attention = attention.removesuffix(f".{leaf[0]}_proj")
+            for candidate in (f"{attention}.{leaf}", f"{attention}.{leaf[0]}_proj.{leaf}"):
+                if candidate in tensors:
+                    return candidate
+        return None
+
+    # What stays as it is
+
+    def _single(self, name: str, info: TensorInfo) -> None:
+        """A tensor that should be there again as it was."""
+        there = self._find(name)
+        if there is None:
+            if not self._may_be_gone(name):
+                self._add(output_name(self._detection, name), "is missing", _LOST)
+            return
+        self._explained.add(there)
+        found = self._out.tensors[there]
+        ours, theirs = (w.encoded(n) for w, n in ((self._weights, name), (self._out, there)))
+        if found.shape != info.shape or ours != theirs:
+            self._differs(there, self._what(info, ours), self._what(found, theirs))
+            return
+        infos = [info for _, info in self._out.stored_as(there)] or [found]
+        reads = zip(self._weights.reads(name), self._out.reads(there), strict=True)
+        for held, (mine, other) in zip(infos, reads, strict=True):
+            copy = Copy(name, mine, 0, "")
+            self.copies.append(CopyPair(copy, (Segment(0, held, other),)))
+
+    def _may_be_gone(self, name: str) -> bool:
+        """A scale of a KV cache that is no longer quantized, or the head, if it is tied."""
+        if name.endswith(KV_SCALES):
+            return self._weights.kv_cache and not self._out.kv_cache
+        levels = [self._subject.config, self._subject.config.get("text_config")]
+        tied = any(isinstance(at, dict) and at.get("tie_word_embeddings") is True for at in levels)
+        return tied and name.endswith("lm_head.weight")
+
+    def _biases(self, units: Sequence[CopyUnit]) -> None:
+        """Biases of experts, which may be one tensor in the source and many here."""
+        for unit in units:
+            segments, start = [], 0
+            for tensor in unit.tensors:
+                found = self._out.tensors.get(tensor.name)
+                if found is None:
+                    self._add(tensor.name, "is missing", _LOST)
+                elif (found.dtype, found.shape) != tensor[1:]:
+                    self._explained.add(tensor.name)
+                    wanted = f"{tensor.dtype} {list(tensor.shape)}"
+                    self._differs(tensor.name, wanted, f"{found.dtype} {list(found.shape)}")
+                else:
+                    self._explained.add(tensor.name)
+                    (read,) = self._out.reads(tensor.name)
+                    segments.append(Segment(start, found, read))
+                start += tensor.nbytes
+            copy = Copy(unit.source, unit.read, 0, "", unit.pair_nbytes)
+            self.copies.append(CopyPair(copy, tuple(segments)))
+
+    # Experts
+
+    def _experts(self, found: Experts, side: Side) -> None:
+        """One side of the experts of a layer, in whatever form they are here."""
+        names = [
+            [f"{found.output}.{found.first + e}.{p}.weight" for p in side.projections]
+            for e in range(found.num_experts)
+        ]
+        is_split = any(name in self._out.tensors for of_one in names for name in of_one)
+        fused = [] if is_split else [n for n in side.tensors if self._is_kept(n)]
+        stacks = [name.removesuffix("_blocks") for name in side.tensors]
+        if fused:
+            for name in side.tensors:
+                self._single(name, self._weights.tensors[name])
+        elif not is_split and len(stacks) == 1 and self._places.is_stacked(stacks[0]):
+            self._stacked_experts(found, side, stacks[0])
+        else:
+            self._split_experts(found, side, names)
+        if side.bias and side.bias in self._out.tensors:
+            self._single(side.bias, self._weights.tensors[side.bias])
+        elif side.bias:
+            units = self._maker.units().of_experts(found, find_format("bf16"))
+            self._biases([u for u in units if isinstance(u, CopyUnit) and u.source == side.bias])
+
+    def _is_kept(self, name: str) -> bool:
+        """Whether fused experts are there as they were."""
+        there = self._out.tensors.get(name)
+        if there is None or there.shape != self._weights.tensors[name].shape:
+            return False
+        return self._weights.encoded(name) == self._out.encoded(name)
+
+    def _split_experts(self, found: Experts, side: Side, names: Sequence[Sequence[str]]) -> None:
+        index = found.sides.index(side)
+        present = [[n if n in self._places else None for n in of_one] for of_one in names]
+        there = [n for of_one in present for n in of_one if n is not None]
+        if not there:
+            where = f"{found.output}.*.{'/'.join(side.projections)}"
+            self._add(where, f"is missing: what {show(side.tensors[0])} should have become", _LOST)
+            return
+        for name in (n for of_one in names for n in of_one if n not in self._places):
+            self._add(name, "is missing", _LOST)
+        for name in there:
+            self._explained.update((name, *self._places.fused_with(name)))
+        encoded = {self._places.encoded(name) for name in there}
+        job, is_made = self._job(
+            encoded, lambda make, target: jobs_of(make.of_experts(found, target))[index]
+        )
+        if job is None:
+            return
+        # Ours are split or stacked, and of other fused ones the bytes are not compared.
+        is_made = is_made and not any(map(self._places.fused_with, there))
+        for slab, of_one in enumerate(present):
+            self._matrices(job, slab, of_one, is_made=is_made)
+
+    def _stacked_experts(self, found: Experts, side: Side, stack: str) -> None:
+        index = found.sides.index(side)
+        self._explained.update(self._places.tensors_of_stack(stack))
+        job, is_made = self._job(
+            {self._places.encoded_stack(stack)},
+            lambda make, target: jobs_of(make.of_fused_experts(found, target))[index],
+        )
+        if job is None:
+            return
+        shape = (found.num_experts, side.columns, sum(side.rows))
+        there = self._places.shape_of_stack(stack)
+        if shape != there:
+            self._differs(stack, f"weights {list(shape)}", f"weights {list(there)}")
+            return
+        for slab in range(found.num_experts):
+            pair = MatrixPair(job, slab, (expert_of(stack, slab),), is_made)
+            self.matrices.append(pair)
+
+    # Linear layers
+
+    def _linears(self, modules: Sequence[str]) -> None:
+        """Linear layers that may share an amax, of which at least one is quantized."""
+        names = {module: self._find(f"{module}.weight") for module in modules}
+        there = {self._out.encoded(name) for name in names.values() if name is not None}
+        ours = {self._weights.encoded(f"{module}.weight") for module in modules}
+        alike = len(ours) == len(there) == 1 and None not in names.values()
+        target = find_format(next(iter(there)).format)
+        shares = target.shares_dense_amax and not is_recoded(next(iter(ours)), target)
+        if alike and shares and self._group(modules, names, made=True):
+            return
+        for module in modules:
+            self._group((module,), names, made=not shares or len(modules) == 1)
+
+    def _group(self, modules: Sequence[str], names: dict[str, str | None], *, made: bool) -> bool:
+        """Add linear layers as one slab; False if no job has them so."""
+        found = [names[module] for module in modules]
+        encoded = {self._out.encoded(name) for name in found if name is not None}
+        job, is_made = self._job(
+            encoded, lambda make, target: only_job(make.of_linears(modules, target))
+        )
+        if job is None:
+            return False
+        self._explained.update(name for name in found if name is not None)
+        self._matrices(job, 0, found, is_made=is_made and made)
+        return True
+
+    # Matrices of both
+
+    def _matrices(self, job: Job, slab: int, names: Sequence[str | None], *, is_made: bool) -> None:
+        """Add a pair, of those whose shapes are right."""
+        kept: list[str | None] = []
+        for name, rows in zip(names, job.rows, strict=True):
+            shape = self._places.shape(name) if name else ()
+            if name and shape != (rows, job.columns):
+                wanted = f"weights {[rows, job.columns]}"
+                self._differs(name, wanted, f"weights {list(shape)}")
+                kept.append(None)
+            else:
+                kept.append(name)
+        if any(kept):
+            whole = is_made and None not in kept
+            self.matrices.append(MatrixPair(job, slab, tuple(kept), whole))
+
+    def _job(self, encoded: set[Encoded], make: Recipe) -> tuple[Job | None, bool]:
+        """What `Maker.job` says; that the source has no such job is a finding."""
+        try:
+            return self._maker.job(encoded, make)
+        except InputError as error:
+            for text in error.problems:
+                where, _, problem = text.partition(": ")
+                self._add(where, f"cannot be compared with the source: {problem}", _UNKNOWN)
+            return None, False
+
+    # Findings
+
+    def _what(self, info: TensorInfo, encoded: Encoded) -> str:
+        form = info.dtype if encoded.is_plain else encoded.format
+        return f"{form} {list(info.shape)}"
+
+    def _differs(self, name: str, wanted: str, found: str) -> None:
+        self._add(
+            name,
+            f"is {found}, and the source says {wanted}",
+            "it does not fit the model, or computes in other numbers than the source",
+        )
+
+    def _add(self, where: str, problem: str, effect: str) -> None:
+        self._findings.add("source", where, problem, effect)

@@ -1,0 +1,93 @@
+"""Jobs that would make again what a checkpoint holds, from its source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from ...dialects import find_dialect
+from ...errors import InputError, Problems
+from ...formats import QuantFormat, find_format
+from ...layouts import Detection
+from ...plan import Encoded, Job
+from ...planning.calibration import Calibration
+from ...planning.shards import CopyUnit, QuantUnit, pack
+from ...planning.stats import Stats
+from ...planning.units import UnitMaker
+from ...source.weights import Weights
+
+__all__ = ["Maker", "Recipe", "jobs_of", "only_job"]
+
+# What a unit maker is asked for, in a format: a job, or None if it takes several.
+Recipe = Callable[[UnitMaker, QuantFormat], Job | None]
+
+_NO_STATS = Stats({}, {}, {}, ())
+_EVERYTHING = 1 << 62
+
+
+class Maker:
+    """Makes jobs from a source; their input scales are the constant."""
+
+    def __init__(self, weights: Weights, detection: Detection) -> None:
+        self._weights = weights
+        self._detection = detection
+
+    def job(self, encoded: set[Encoded], make: Recipe) -> tuple[Job | None, bool]:
+        """The job that makes what is there, and True; else one that only reads the source.
+
+        ``encoded``: how what it makes is stored. None if it takes several jobs.
+
+        Raises:
+            InputError: the source stores it in a way that makes no job.
+        """
+        if len(encoded) == 1:
+            (there,) = encoded
+            problems = Problems()
+            try:
+                job = make(self.units(problems), find_format(there.format))
+                problems.check()
+            except InputError:
+                job = None
+            if job is not None and _stores(job, there):
+                return _placed(replace(job, inverse=there.inverse)), True
+        problems = Problems()
+        job = make(self.units(problems), find_format("bf16"))
+        problems.check()
+        return job, False
+
+    def units(self, problems: Problems | None = None) -> UnitMaker:
+        """A maker of units."""
+        return UnitMaker(
+            self._weights,
+            self._detection,
+            find_dialect("compressed-tensors"),  # it has all formats
+            Calibration(_NO_STATS, self._detection, missing_is_constant=True),
+            {},
+            problems or Problems(),
+            may_requantize=True,
+        )
+
+
+def jobs_of(units: Sequence[CopyUnit | QuantUnit]) -> list[Job]:
+    """All jobs of units."""
+    return [job for unit in units if isinstance(unit, QuantUnit) for job in unit.jobs]
+
+
+def only_job(units: Sequence[QuantUnit]) -> Job | None:
+    """The job of units, if it is one for all."""
+    jobs = jobs_of(units)
+    return jobs[0] if len(jobs) == 1 else None
+
+
+def _stores(job: Job, encoded: Encoded) -> bool:
+    """Whether a job writes parts in the dtypes in which they are there."""
+    there = {part.role: part.dtype for part in encoded.parts}
+    made = {part.role: part.dtype for part in job.parts}
+    return all(made.get(role) == dtype for role, dtype in there.items() if role != "input_scale")
+
+
+def _placed(job: Job) -> Job:
+    """The job with its regions one after another."""
+    dialect = find_dialect("modelopt" if job.is_stacked else "compressed-tensors")
+    (shard,) = pack([QuantUnit((job,))], dialect, _EVERYTHING)
+    return shard.jobs[0]

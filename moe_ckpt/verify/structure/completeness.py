@@ -1,0 +1,101 @@
+"""Experts of a layer: all there, and alike."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+
+from ...layouts.roles import set_aside
+from ...layouts.sizes import sizes_of
+from ..inventory import Inventory, Module
+from ..subject import Subject
+
+__all__ = ["experts_problems"]
+
+_INPUTS = ("input_scale", "input_global_scale")
+
+
+def experts_problems(subject: Subject, inventory: Inventory) -> Iterator[tuple[str, str]]:
+    """Experts that are missing, too many or unlike the others of their layer."""
+    counts = sizes_of(subject.config).experts
+    of_model = next(iter(counts)) if len(counts) == 1 else None
+    groups = _groups(subject)
+    for name, experts in inventory.experts.items():
+        # Parts such as a talker have experts of their own number.
+        said = None if name in groups or set_aside(name, frozenset(), None) else of_model
+        for leaf, stack in experts.stacked.items():
+            if said is not None and stack.shape[0] != said:
+                yield (
+                    f"{name}.{leaf}",
+                    f"has {stack.shape[0]} experts, config.json says {counts[said]}={said}",
+                )
+        if not experts.split:
+            continue
+        E = said if said is not None else max(experts.split) + 1
+        projections = experts.projections
+        for number in sorted({*range(E), *experts.split}):
+            there = experts.split.get(number, {})
+            if number >= E:
+                yield (
+                    f"{name}.{number}",
+                    f"is one expert too many; config.json says {counts[E]}={E}",
+                )
+                continue
+            for projection in projections:
+                matrix = f"{name}.{number}.{projection}"
+                if projection not in there and not _is_known_missing(subject, matrix):
+                    yield matrix, f"is missing; the layer has {E} experts"
+        for first, last in groups.get(name, [(0, E)]):
+            yield from _unlike([m for n, m in experts.split.items() if first <= n < last])
+
+
+def _groups(subject: Subject) -> dict[str, list[tuple[int, int]]]:
+    """The experts of a layer -> the numbers of those of one width, if they are all there."""
+    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for experts in subject.detection.experts if subject.detection else ():
+        found[experts.output].append((experts.first, experts.first + experts.num_experts))
+    return found
+
+
+def _is_known_missing(subject: Subject, matrix: str) -> bool:
+    """Whether some tensor of a matrix is there, or in a shard that cannot be read."""
+    names = [f"{matrix}.{leaf}" for leaf in ("weight", "weight_packed", "weight_scale")]
+    return any(name in subject.source.tensors or name in subject.lost for name in names)
+
+
+def _unlike(split: Iterable[Mapping[str, Module]]) -> Iterator[tuple[str, str]]:
+    """Matrices of one projection whose format or shape is not that of most others."""
+    by_projection: dict[str, list[Module]] = defaultdict(list)
+    for matrices in split:
+        for projection, module in matrices.items():
+            by_projection[projection].append(module)
+    for modules in by_projection.values():
+        looks = Counter((_form(module), module.shape) for module in modules)
+        if len(looks) == 1:
+            continue
+        (form, shape), _ = looks.most_common(1)[0]
+        for module in modules:
+            if module.shape != shape:
+                yield (
+                    module.name,
+                    f"has shape {list(module.shape)}; the other experts have {list(shape)}",
+                )
+            elif _form(module) != form:
+                gone = module.format == "nvfp4-w4a16" and form[0] == "nvfp4"
+                scale = _input_name(module)
+                if gone or (form[1] and not _form(module)[1]):
+                    yield f"{module.name}.{scale}", "is missing; the other experts have one"
+                else:
+                    yield (
+                        module.name,
+                        f"is {module.format}; the other experts are {form[0]}",
+                    )
+
+
+def _form(module: Module) -> tuple[str, bool]:
+    return module.format, module.tensor("input_scale") is not None
+
+
+def _input_name(module: Module) -> str:
+    """What its activation scale is called."""
+    return _INPUTS["compressed-tensors" in module.what and "NVFP4" in module.what]

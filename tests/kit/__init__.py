@@ -1,0 +1,1 @@
+"""What tests are made with: checkpoints in every layout and encoding, faults, runs of the command."""

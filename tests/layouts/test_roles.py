@@ -1,0 +1,234 @@
+"""By behaviour: our matrices compute what the experts of transformers compute.
+
+Each model is built tiny, its experts filled with numbers that FP8 holds exactly, saved by
+transformers in both of its forms, converted, and decoded again. So nothing is lost on the way, and
+x @ gate.T, the activation and @ down.T must give what the model's own module gives.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+
+import pytest
+import torch
+from kit.files import FIXTURES, read_tensors
+
+import moe_ckpt
+from moe_ckpt.layouts.table import FAMILIES
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+E, H = 8, 64
+HEADERS = json.loads((FIXTURES / "layout-headers.json").read_text())
+# For model types whose config is not among the headers: every family's word for each size.
+CONFIG = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), E),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "expert_ffn_hidden_size"), 24),
+    "hidden_size": H,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 128,
+    "num_experts_per_tok": 2,
+    "pad_token_id": None,
+    "first_k_dense_replace": 0,
+    "enable_moe_block": True,
+}
+# In the table for releases that transformers loads with code of theirs, or under another type.
+NOT_BUILT = {"ernie4_5_moe_vl", "kimi_k2", "mimo_v2", "minimax_m3", "qwen3_vl_moe_text", "step3p5"}
+BUILT = [
+    model_type
+    for family in FAMILIES
+    if family.checked in ("export", "module")
+    for model_type in family.model_types
+    if model_type not in NOT_BUILT
+]
+# What transformers writes under names or in sizes that cannot be taken back; see the table.
+REFUSED = {
+    *((name, "B") for name in ("axk2", "ernie4_5_vl_moe", "glm5_next", "hy_v4", "kimi_linear")),
+    *((name, "B") for name in ("deepseek_v4", "kimi_k25", "qwen3_omni_moe")),
+    ("qwen3_omni_moe_thinker", "B"),
+    *((name, "B") for name in ("inkling_mm_model", "longcat_flash", "minimax_m3_vl", "step3p7")),
+    ("longcat_flash", "A"),
+}
+BOTH_ORIENTATIONS = {"qwen3_vl_moe"}
+
+
+def build(model_type, intermediate, saved=None):
+    """A model in float32 whose experts hold multiples of 2**-12 that E4M3 can hold."""
+    torch.manual_seed(zlib.crc32(model_type.encode()))
+    saved = saved or HEADERS.get(model_type, {"A": {"config": CONFIG}})["A"]["config"]
+    config = sized(json.loads(json.dumps(saved)), intermediate)
+    config = transformers.AutoConfig.for_model(config.pop("model_type", model_type), **config)
+    names = saved.get("architectures")
+    if names:
+        model = getattr(transformers, names[0])._from_config(config, dtype=torch.float32)
+    else:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 3 and ("expert" in name or "put_linear" in name):
+                fill(parameter)
+            elif name.endswith(("mlp.w1", "mlp.v1", "mlp.w2")):
+                fill(parameter.view(E, -1, H))
+            elif name.endswith("proj_bias"):
+                parameter.copy_(torch.randn(parameter.shape).bfloat16())
+    return model.eval()
+
+
+def sized(config, intermediate):
+    """The config with another expert width: 24 in all of the headers."""
+    for key, value in list(config.items()):
+        if key in ("dtype", "transformers_version", "time_step_limit"):
+            del config[key]
+        elif isinstance(value, dict):
+            sized(value, intermediate)
+        elif "size" in key and value in (24, [24, 16]):
+            config[key] = intermediate if value == 24 else [intermediate, 16]
+    return config
+
+
+def fill(tensor):
+    codes = torch.randint(0, 256, tensor.shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    values = codes.float().nan_to_num(0.0)
+    values.flatten(1)[:, 7] = 448.0
+    tensor.copy_(values * 2.0**-12)
+
+
+def save_and_convert(model, folder, mode, layout=None):
+    model.to(torch.bfloat16).save_pretrained(folder / mode, save_original_format=mode == "A")
+    model.float()
+    stats = folder / "stats.json"
+    stats.write_text('{"schema": "moe-ckpt/stats", "version": 1, "modules": {"none": {}}}')
+    out = folder / f"{mode}-out"
+    result = moe_ckpt.convert(
+        folder / mode,
+        out,
+        format="fp8-tensor",
+        stats=[stats],
+        missing_stats="constant",
+        experts="split",
+        layout=layout,
+    )
+    return result.plan.experts, read_tensors(out)
+
+
+def values(tensors, name):
+    stored = tensors[name]
+    dtypes = {"BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
+    flat = torch.frombuffer(bytearray(stored.data), dtype=dtypes[stored.dtype])
+    return flat.view(stored.shape).float()
+
+
+def decoded(tensors, module):
+    return values(tensors, f"{module}.weight") * values(tensors, f"{module}.weight_scale")
+
+
+def modules_with_experts(model):
+    """The modules that hold experts, layer by layer."""
+    found = []
+    for name, module in model.named_modules():
+        own = {leaf for leaf, _ in module.named_parameters(recurse=False)}
+        is_routed = not any(word in name for word in ("shared", "encoder", "talker"))
+        has_weights = own & {"gate_up_proj", "up_proj"} and is_routed
+        if has_weights or type(module).__name__ in ("DbrxExperts", "JetMoeMoE"):
+            found.append(module)
+    return found
+
+
+def run_theirs(module, x):
+    """[E, tokens, H]: every expert on every token."""
+    name = type(module).__name__
+    if name == "Llama4TextExperts":
+        return module(x.repeat(E, 1)).view(E, -1, H)
+    if name == "JetMoeMoE":
+        sizes = [len(x)] * E
+        gate, up = module.input_linear(x.repeat(E, 1), sizes).chunk(2, dim=-1)
+        hidden = module.activation(gate) * up
+        return module.output_linear(hidden, sizes).view(E, -1, H)
+    expert = torch.arange(E).repeat_interleave(len(x)).view(-1, 1)
+    return module(x.repeat(E, 1), expert, torch.ones(len(expert), 1)).view(E, -1, H)
+
+
+def activation(module, gate, up):
+    name = type(module).__name__
+    if name in ("GptOssExperts", "OpenAIPrivacyFilterExperts", "MiniMaxM3VLExperts"):
+        alpha = getattr(module, "alpha", None) or module.swiglu_alpha
+        gate = gate.clamp(max=module.limit)
+        return (up.clamp(-module.limit, module.limit) + 1) * gate * torch.sigmoid(alpha * gate)
+    if name == "DeepseekV4Experts":
+        return module.act_fn(gate.clamp(max=module.limit)) * up.clamp(-module.limit, module.limit)
+    if name in ("HYV4Experts", "Glm5NextTextExperts"):
+        gate = gate.clamp(max=module.swiglu_limit)
+        return torch.nn.functional.silu(gate) * up.clamp(-module.swiglu_limit, module.swiglu_limit)
+    if name == "Step3p7Experts":
+        gate = module.act_fn(gate).clamp(max=module.limit)
+        return gate * up.clamp(-module.limit, module.limit)
+    if name == "DbrxExperts":
+        return module.mlp.activation_fn(gate) * up
+    act = module.activation if name == "JetMoeMoE" else module.act_fn
+    return act(up) if gate is None else act(gate) * up
+
+
+def run_ours(module, experts, tensors, x):
+    results = []
+    for e in range(experts.first, experts.first + experts.num_experts):
+        names = [f"{experts.output}.{e}.{name}" for name in experts.projections]
+        biases = [
+            values(tensors, f"{name}.bias") if f"{name}.bias" in tensors else torch.zeros(1)
+            for name in names
+        ]
+        *reading, down = [decoded(tensors, name) for name in names]
+        read = [x @ w.T + b for w, b in zip(reading, biases, strict=False)]
+        hidden = activation(module, read[0] if len(read) == 2 else None, read[-1])
+        results.append(hidden @ down.T + biases[-1])
+    return torch.stack(results)
+
+
+@pytest.mark.parametrize("intermediate", [24, 32, 64])  # neither, gate_up or down is square
+@pytest.mark.parametrize("model_type", BUILT)
+def test_our_matrices_compute_what_the_module_computes(tmp_path, model_type, intermediate):
+    model = build(model_type, intermediate)
+    square = model_type in BOTH_ORIENTATIONS and intermediate != 24
+    outputs = {}
+    for mode in "AB":
+        if (model_type, mode) in REFUSED:
+            with pytest.raises(moe_ckpt.LayoutError):
+                save_and_convert(model, tmp_path, mode)
+            continue
+        if square:
+            with pytest.raises(moe_ckpt.LayoutError, match="square"):
+                save_and_convert(model, tmp_path, mode)
+        found, tensors = save_and_convert(model, tmp_path, mode, "fused" if square else None)
+        modules = modules_with_experts(model)
+        assert len(found) == len(modules) > 0
+        x = torch.randn(5, H) * 4
+        for experts, module in zip(found, modules, strict=True):
+            theirs = run_theirs(module, x)
+            ours = run_ours(module, experts, tensors, x)
+            assert theirs.abs().max() > 1e-3
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        outputs[mode] = tensors
+        if mode == "A":
+            same_as_saved(tmp_path / "A", tensors)
+    assert outputs or model_type == "longcat_flash"
+    if len(outputs) == 2:
+        assert outputs["A"] == outputs["B"]
+
+
+def same_as_saved(folder, tensors):
+    """Where transformers saves experts one by one, ours are those matrices under those names."""
+    saved = read_tensors(folder)
+    for name, stored in saved.items():
+        if f"{name}_scale" in tensors:
+            assert torch.equal(decoded(tensors, name.removesuffix(".weight")), values(saved, name))
+        elif name in tensors:
+            assert tensors[name] == stored
+
+
+def test_every_family_that_says_so_is_built():
+    said = {t for f in FAMILIES if f.checked in ("export", "module") for t in f.model_types}
+    assert set(BUILT) | NOT_BUILT >= said
