@@ -26,7 +26,7 @@ def experts_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--gate-up-order",
             metavar="ORDER",
-            help="concat or interleaved: how gate and up lie in one tensor, the same.",
+            help="concat or interleaved: how gate and up lie in one tensor of IN, where that is open.",
         ),
         click.option(
             "--layout",
@@ -58,7 +58,7 @@ def limit_options(command: Callable[..., None]) -> Callable[..., None]:
             "--memory",
             default="256MiB",
             show_default=True,
-            help="All buffers together, beside the program itself.",
+            help="All buffers together; the program and about 1 KiB per tensor come on top.",
         ),
         click.option("--workers", type=int, help="Threads; if not given one per core, 16 at most."),
         click.option(

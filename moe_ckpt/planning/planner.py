@@ -184,7 +184,7 @@ class _Planner:
                 "loaders": loader_warnings(
                     detection, self.form, self.dialect, loaders, tuple(formats), make.part_blocks
                 ),
-                "statistics": calibration.warnings(self.weights.tensors) if calibration else (),
+                "statistics": self._stats_warnings(calibration),
             },
             origin=origin_of(self.asked, source),
         )
@@ -244,14 +244,10 @@ class _Planner:
     ) -> tuple[str, ...]:
         files = self.asked.stats_files
         notes = list(calibration.stats.notes) if calibration else []
-        wants = [name for name in self.recipe.formats if find_format(name).input_scale]
-        if wants and not files:
-            carried = any(of.has_input_scale for of in self.weights.all_encoded())
+        if self._lacks_stats and self._carries_input_scales:
             notes.append(
                 "no statistics: quantized modules keep the input scales of the source, those "
-                "without one get input_scale 1.0"
-                if carried
-                else "no statistics: every quantized module gets input_scale 1.0"
+                "without one get input scale 1.0"
             )
         if files and calibration is None:
             notes.append(
@@ -278,6 +274,24 @@ class _Planner:
                 "scales are left out"
             )
         return tuple(notes)
+
+    @property
+    def _lacks_stats(self) -> bool:
+        """Whether a format has static input scales and no statistics were given."""
+        wants = any(find_format(name).input_scale for name in self.recipe.formats)
+        return wants and not self.asked.stats_files
+
+    @property
+    def _carries_input_scales(self) -> bool:
+        return any(of.has_input_scale for of in self.weights.all_encoded())
+
+    def _stats_warnings(self, calibration: Calibration | None) -> tuple[str, ...]:
+        if self._lacks_stats and not self._carries_input_scales:
+            return (
+                "without --stats every quantized module gets input scale 1.0, whatever its "
+                "activations are; statistics of your data are more accurate",
+            )
+        return calibration.warnings(self.weights.tensors) if calibration else ()
 
     def _refuse_collisions(self, shards: Sequence[OutShard]) -> None:
         names = [tensor.name for shard in shards for tensor in shard.tensors]

@@ -35,13 +35,15 @@ def test_convert_with_statistics(tmp_path):
 
 
 def test_quiet_prints_nothing(tmp_path):
-    done = run_cli("convert", SOURCE, tmp_path / "out", "-q")
+    done = run_cli(
+        "convert", SOURCE, tmp_path / "out", "-q", "--stats", SOURCE.parent / "stats.json"
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_without_statistics_one_line_says_so(tmp_path):
     done = run_cli("convert", SOURCE, tmp_path / "out")
-    assert done.stderr.count("every quantized module gets input_scale 1.0") == 1
+    assert done.stderr.count("every quantized module gets input scale 1.0") == 1
 
 
 def test_json_is_one_document_on_stdout(tmp_path):
