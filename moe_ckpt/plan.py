@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .dtypes import itemsize, nbytes_of
-from .formats import Part
+from .formats import UNQUANTIZED, Part
 from .layouts import Experts
 from .planning.origin import Origin
 from .source.checkpoint import SideFile
@@ -37,8 +37,8 @@ class Read(NamedTuple):
 class Encoded:
     """How source weights are stored: as the parts of a number format, in their dtypes.
 
-    The code comes first; weights that are not quantized have no other part, and format "bf16"
-    whatever their dtype. ``inverse``: roles that hold the reciprocal.
+    The code comes first; weights that are not quantized have no other part, and the format
+    `UNQUANTIZED` whatever their dtype. ``inverse``: roles that hold the reciprocal.
     """
 
     format: str
@@ -51,7 +51,7 @@ class Encoded:
     @property
     def is_plain(self) -> bool:
         """Whether the weights are not quantized."""
-        return self.format == "bf16"
+        return self.format == UNQUANTIZED
 
     @property
     def has_input_scale(self) -> bool:
@@ -222,14 +222,14 @@ class Plan:
     """A conversion, decided.
 
     ``files`` are the configuration files, name -> text, in the order they are written.
-    ``experts_as`` is "split" or "fused"; ``loaders`` are the runtimes known to read the result.
+    ``experts_as`` is "split" or "fused"; ``runtimes`` are the runtimes known to read the result.
     ``formats``: format -> how many matrices become that, those of experts first.
     """
 
     root: Path
     model_type: str
     family: str
-    loaders: tuple[str, ...]
+    runtimes: tuple[str, ...]
     formats: Mapping[str, int]
     dialect: str
     experts_as: str
@@ -272,7 +272,7 @@ class Plan:
     @property
     def quantized_matrices(self) -> int:
         """How many matrices are quantized, those in a stack counted one by one."""
-        return sum(count for name, count in self.formats.items() if name != "bf16")
+        return sum(count for name, count in self.formats.items() if name != UNQUANTIZED)
 
     @property
     def converted_nbytes(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from .dtypes import FLOATS
 from .engines import Backend
 from .errors import OutputRefusedError, Problems, show
-from .formats import find_format
+from .formats import UNQUANTIZED, find_format
 from .layouts import Detection, Given, detect
 from .layouts.roles import is_matrix, module_of
 from .output.durable import publish, write_new
@@ -110,7 +110,7 @@ def _amax(worker: Worker, batch: Batch) -> tuple[Batch, list[float]]:
 def _jobs(weights: Weights, detection: Detection) -> Iterator[Job]:
     """Jobs to read: routed experts, and every other matrix by itself."""
     problems = Problems()
-    target = find_format("bf16")
+    target = find_format(UNQUANTIZED)
     make = UnitMaker.to_read(weights, detection, problems)
     for experts in detection.experts:
         for unit in make.of_experts(experts, target):

@@ -26,7 +26,8 @@ def experts_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--gate-up-order",
             metavar="ORDER",
-            help="concat or interleaved: how gate and up lie in one tensor of IN, where that is open.",
+            help="concat or interleaved: how gate and up lie in one tensor of IN, where that "
+            "is open.",
         ),
         click.option(
             "--layout",

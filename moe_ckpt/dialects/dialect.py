@@ -16,11 +16,11 @@ class Spelling:
     ``suffixes``: what follows the module's name, for each role of the format's parts.
     ``inverse``: roles of which the dialect stores the reciprocal.
     ``shape_suffix``: suffix of a tensor int64 [2] that holds N and K; '' for none.
-    ``loaders``: the runtimes that read a Mixture-of-Experts model written so.
+    ``runtimes``: the runtimes that read a Mixture-of-Experts model written so.
     """
 
     suffixes: Mapping[str, str]
-    loaders: tuple[str, ...]
+    runtimes: tuple[str, ...]
     inverse: frozenset[str] = frozenset()
     shape_suffix: str = ""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..formats import UNQUANTIZED
+from ..runtimes import SGLANG, TRANSFORMERS, TRTLLM, VLLM
 from .config import with_quantization
 from .dialect import Assignment, Dialect, Spelling
-from .matching import SGLANG, TRANSFORMERS, TRTLLM, UNQUANTIZED, VLLM
 
 __all__ = ["DIALECT"]
 

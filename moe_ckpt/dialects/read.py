@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..errors import show
-from ..source.declared import Announced
+from ..runtimes import SGLANG, TRANSFORMERS, TRTLLM, VLLM
+from ..source.declared import Declared
 from .compressed_tensors.read import read_compressed
 from .fp8.match import fp8_readers
-from .matching import SGLANG, TRANSFORMERS, TRTLLM, VLLM, Built
+from .matching import Built
 from .modelopt.read import read_modelopt
 from .reading import Reading, texts_of
 
@@ -20,7 +21,7 @@ _KEPT, _IGNORED = "modules_to_not_convert", "ignored_layers"
 _NAMES_OF_MODELOPT = ("modelopt", *(f"modelopt_{of}" for of in ("fp4", "fp8", "mixed", "mxfp8")))
 
 
-def read_config(said: Announced) -> Reading:
+def read_config(said: Declared) -> Reading:
     """Read what one file says of quantization."""
     reading = Reading()
     read = _METHODS.get(said.method)

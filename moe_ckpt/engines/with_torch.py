@@ -163,7 +163,7 @@ class TorchEngine:
         """Put the parts with rows into ``out``."""
         dtypes = {part.role: part.dtype for part in target.parts}
         results = {role: _tensor(items, dtypes[role]) for role, items in out.items()}
-        name = target.module.partition(":")[0]
+        name = target.module
         with self._on_stream():
             scales = None if scale is None else torch.from_numpy(scale).to(self._device)
             if self._kernels and name in self._kernels.FORMATS:

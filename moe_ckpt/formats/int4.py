@@ -19,7 +19,7 @@ import torch
 from .amax import abs_max, scale_of
 from .scratch import Scratch
 
-__all__ = ["G32", "G64", "G128", "Int4"]
+__all__ = ["Int4", "of_group"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,6 @@ class Int4:
         return (values.view(*scale.shape, self.group) * scale.unsqueeze(-1)).flatten(-2)
 
 
-G128 = Int4(128)
-G64 = Int4(64)
-G32 = Int4(32)
+def of_group(group: int) -> Int4:
+    """The codec for groups of this size."""
+    return Int4(group)

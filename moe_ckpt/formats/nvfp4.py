@@ -9,7 +9,7 @@
 A weight is code * block_scale * global_scale. The order of operations is ModelOpt's
 (nvfp4_tensor.py, get_weights_scaling_factor and quantize): the block scale is rounded to E4M3
 before the weights are divided by it. A block of zeros has scale 1.0, a matrix of zeros also
-global scale 1.0. A global scale is at least the smallest normal float32, for loaders invert it.
+global scale 1.0. A global scale is at least the smallest normal float32, for runtimes invert it.
 """
 
 from __future__ import annotations

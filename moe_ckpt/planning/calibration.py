@@ -142,7 +142,7 @@ class Calibration:
         return names
 
     def _transformers_names(self, output: str) -> Iterator[str]:
-        """What transformers may call a module that loaders call ``output``."""
+        """What transformers may call a module that runtimes call ``output``."""
         for stack in self.detection.stacks:
             match = re.match(rf"({re.escape(stack)}\.\d+)\.", output)
             if match is None:
@@ -153,7 +153,7 @@ class Calibration:
                     yield f"{match[1]}.{theirs}{rest.removeprefix(ours)}".rstrip(".")
 
     def _names(self, name: str) -> list[str]:
-        """A module's name as loaders give it, and as transformers does."""
+        """A module's name as runtimes give it, and as transformers does."""
         names = [name]
         for theirs, ours in self.detection.family.prefixes:
             if name.startswith(ours):
@@ -161,7 +161,7 @@ class Calibration:
         return names
 
     def _find(self, name: str) -> Amax:
-        """The entry of a module under the name that loaders give it, or transformers."""
+        """The entry of a module under the name that runtimes give it, or transformers."""
         names = self._names(name)
         self._known.update(names)
         entries = (self.stats.input_amax.get(known) for known in names)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from ..errors import UsageError, show
+from ..formats import DEFAULT_FORMAT
 from ..layouts import LAYOUTS, ORDERS
 from .expert_form import EXPERTS
 from .recipe import Recipe, built_in, read_recipe
@@ -102,7 +103,7 @@ class Options:
         """The recipe of the file, or the one that format and quantize stand for."""
         if self.recipe is not None:
             return read_recipe(self.recipe)
-        return built_in(self.quantize or "experts", self.format or "nvfp4")
+        return built_in(self.quantize or "experts", self.format or DEFAULT_FORMAT)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..formats import DEFAULT_FORMAT
 from ..source.checkpoint import Source
 from .options import Options, parse_size
 
@@ -56,7 +57,7 @@ def origin_of(options: Options, source: Source) -> Origin:
         headers.update(_bytes(f"{info.name} {info.dtype} {info.shape} {info.offset}\n"))
     is_recipe = options.recipe is not None
     chosen = {
-        "--format": "" if is_recipe else options.format or "nvfp4",
+        "--format": "" if is_recipe else options.format or DEFAULT_FORMAT,
         "--quantize": "" if is_recipe else options.quantize or "experts",
         "--dialect": options.dialect or "",
         "--kv-cache": options.kv_cache,

@@ -17,16 +17,16 @@ from typing import Unpack
 
 from ..dialects import Dialect, dialect_for
 from ..errors import LayoutError, Problems, UsageError, show, show_some
-from ..formats import find_format
+from ..formats import UNQUANTIZED, find_format
 from ..layouts import Detection, Given, detect
 from ..plan import OutShard, Plan
 from ..source.checkpoint import Source, open_source
 from ..source.weights import Weights, weights_of
 from .amax_file import read_amax
-from .assignment import PLAIN, Assigned, assign, formats_of_experts
+from .assignment import Assigned, assign, formats_of_experts
 from .calibration import Calibration
 from .choice import Choice, choose, output_name
-from .expert_form import form_of_experts, loader_warnings, loaders_of
+from .expert_form import form_of_experts, runtime_warnings, runtimes_of_output
 from .kv_cache import KV_SCALES, kv_cache_units, scale_name
 from .options import Options, PlanOptions, parse_size
 from .origin import origin_of
@@ -158,12 +158,14 @@ class _Planner:
         self._refuse_collisions(shards)
         formats = self._count(choice, assigned)
         of_experts = tuple(dict.fromkeys(assigned.experts))
-        loaders = loaders_of(detection, self.form, self.dialect, of_experts, tuple(formats))
+        runtimes = runtimes_of_output(
+            detection, self.form, self.dialect, of_experts, tuple(formats)
+        )
         return Plan(
             root=source.root,
             model_type=detection.model_type,
             family=detection.family.name,
-            loaders=loaders,
+            runtimes=runtimes,
             formats=formats,
             dialect=self.dialect.name,
             experts_as=self.form,
@@ -181,8 +183,8 @@ class _Planner:
             warnings_by_kind={
                 "files": (*source.warnings, *self.weights.warnings),
                 "layers": detection.warnings,
-                "loaders": loader_warnings(
-                    detection, self.form, self.dialect, loaders, tuple(formats), make.part_blocks
+                "runtimes": runtime_warnings(
+                    detection, self.form, self.dialect, runtimes, tuple(formats), make.part_blocks
                 ),
                 "statistics": self._stats_warnings(calibration),
             },
@@ -213,7 +215,7 @@ class _Planner:
         return units
 
     def _is_dropped(self, name: str) -> bool:
-        """Whether a tensor is a scale of the source's KV cache that the dialect cannot announce."""
+        """Whether a tensor is a scale of the source's KV cache that the dialect cannot declare."""
         dropped = self.weights.kv_cache and self.dialect.kv_scales is None
         return dropped and name.endswith(KV_SCALES)
 
@@ -258,12 +260,12 @@ class _Planner:
             example = next(iter(self.detection.renamed.values()))
             notes.append(
                 f"{len(self.detection.renamed)} tensors that transformers renamed get back the "
-                f"names that loaders read, such as {show(example)}"
+                f"names that runtimes read, such as {show(example)}"
             )
         for name, count in self.weights.encodings.items():
             notes.append(f"the source is quantized: {count:,} weights as {name}")
-        decoded = [name for name, chosen in assigned.stays.items() if chosen == PLAIN]
-        if decoded and formats.keys() != {PLAIN}:
+        decoded = [name for name, chosen in assigned.stays.items() if chosen == UNQUANTIZED]
+        if decoded and formats.keys() != {UNQUANTIZED}:
             notes.append(
                 f"{len(decoded)} weights that are not asked for are decoded to bf16, for "
                 f"{self.dialect.name} cannot say what they are: {show_some(decoded)}"

@@ -23,7 +23,6 @@ from .shards import CopyUnit, QuantUnit
 __all__ = ["UnitMaker"]
 
 _BIAS = "bias of routed experts"
-_NVFP4 = ("nvfp4", "nvfp4-w4a16")
 
 
 class UnitMaker:
@@ -278,9 +277,7 @@ class UnitMaker:
 
 def is_recoded(encoded: Encoded, target: QuantFormat) -> bool:
     """Whether source parts become those of a format without being quantized anew."""
-    source, wanted = encoded.format, target.name
-    same = source == wanted or (source in _NVFP4 and wanted in _NVFP4)
-    return same or (source == "mxfp4" and wanted in _NVFP4)
+    return target.holds(find_format(encoded.format))
 
 
 def _parts(encoded: Encoded, target: QuantFormat) -> tuple[Part, ...]:
@@ -289,9 +286,8 @@ def _parts(encoded: Encoded, target: QuantFormat) -> tuple[Part, ...]:
     Weights keep their dtype; so do the scales of integers, which are those of the model.
     """
     stored = {part.role: part.dtype for part in encoded.parts}
-    keeps = {"bf16": "qweight"}.get(target.name, "block_scale" * target.name.startswith("int4"))
     return tuple(
-        replace(part, dtype=stored[part.role]) if part.role == keeps else part
+        replace(part, dtype=stored[part.role]) if part.role == target.keeps_dtype_of else part
         for part in target.parts
     )
 

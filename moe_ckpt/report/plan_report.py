@@ -48,7 +48,7 @@ def plan_document(plan: Plan, limits: Limits | None = None) -> dict[str, Any]:
         "digest": plan.digest(),
         "model_type": plan.model_type,
         "family": plan.family,
-        "loads_in": list(plan.loaders),
+        "loads_in": list(plan.runtimes),
         "formats": dict(plan.formats),
         "dialect": plan.dialect,
         "experts_as": plan.experts_as,
@@ -112,8 +112,8 @@ def plan_lines(plan: Plan, limits: Limits | None = None) -> Iterator[str]:
     for name, count in plan.formats.items():
         yield f"Format    {name}: {count_of(count, 'matrix')}, {find_format(name).summary}"
     yield f"Dialect   {plan.dialect}: {find_dialect(plan.dialect).summary}"
-    elsewhere = "" if "transformers" in plan.loaders else "; not in transformers"
-    yield f"Loads in  {_list(plan.loaders) or 'no runtime known'}{elsewhere}"
+    elsewhere = "" if "transformers" in plan.runtimes else "; not in transformers"
+    yield f"Loads in  {_list(plan.runtimes) or 'no runtime known'}{elsewhere}"
     yield ""
     rows = [
         (

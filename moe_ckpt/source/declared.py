@@ -18,14 +18,14 @@ from .encodings import ENCODINGS
 from .files import read_regular
 from .strict_json import parse_object, show_value
 
-__all__ = ["HF_QUANT_CONFIG", "Announced", "announcements", "everything_said"]
+__all__ = ["HF_QUANT_CONFIG", "Declared", "declarations", "everything_declared"]
 __all__ += ["quantization_beside"]
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
 _CAP_NBYTES = 30_000_000
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 
-# quant_method -> the formats it may announce; methods that are not here are refused.
+# quant_method -> the formats it may declare; methods that are not here are refused.
 _METHODS: Mapping[str, tuple[str, ...]] = {
     "fp8": ("fp8-block", "fp8-tensor", "fp8-channel", "mxfp8"),
     "fbgemm_fp8": ("fp8-channel",),
@@ -50,7 +50,7 @@ _NOT_READ = {
 
 
 @dataclass(frozen=True, slots=True)
-class Announced:
+class Declared:
     """What one place says, and where that is."""
 
     where: str
@@ -174,7 +174,7 @@ class Announced:
             yield f"config_groups.{name}", number, is_plain
 
 
-def announcements(source: Source) -> list[Announced]:
+def declarations(source: Source) -> list[Declared]:
     """What the files say, at every level of the config and beside it.
 
     Raises:
@@ -182,7 +182,7 @@ def announcements(source: Source) -> list[Announced]:
     """
     path = source.root / HF_QUANT_CONFIG
     text = read_regular(path, _CAP_NBYTES, CheckpointError) if path.exists() else None
-    found = everything_said(source.config, text)
+    found = everything_declared(source.config, text)
     problems = Problems()
     for of in found:
         of.refuse_unread(problems)
@@ -190,19 +190,19 @@ def announcements(source: Source) -> list[Announced]:
     return found
 
 
-def everything_said(config: Mapping[str, Any], beside: bytes | None) -> list[Announced]:
+def everything_declared(config: Mapping[str, Any], beside: bytes | None) -> list[Declared]:
     """What a config says, and the text of hf_quant_config.json if there is one.
 
     Raises:
         CheckpointError: that text is no JSON.
     """
-    found: list[Announced] = []
+    found: list[Declared] = []
 
     def walk(level: Mapping[str, Any], path: str) -> None:
         for key, value in level.items():
             if key in _CONFIG_KEYS and value:
                 said = value if isinstance(value, dict) else {"quant_method": value}
-                found.append(Announced(f"config.json: {path}{key}", said))
+                found.append(Declared(f"config.json: {path}{key}", said))
             elif isinstance(value, dict):
                 walk(value, f"{path}{key}.")
 
@@ -210,7 +210,7 @@ def everything_said(config: Mapping[str, Any], beside: bytes | None) -> list[Ann
     if beside is not None:
         said = quantization_beside(beside)
         if said is not None:
-            found.append(Announced(HF_QUANT_CONFIG, {"quant_method": "modelopt", **said}))
+            found.append(Declared(HF_QUANT_CONFIG, {"quant_method": "modelopt", **said}))
     return found
 
 

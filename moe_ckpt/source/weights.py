@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 from ..dtypes import BITS, FLOATS, nbytes_of
 from ..errors import CheckpointError, Problems, show, show_some
-from ..formats import Part
+from ..formats import UNQUANTIZED, Part, find_format, without_input_scale
 from ..plan import Encoded, Read
 from .checkpoint import Source
-from .declared import Announced, announcements
+from .declared import Declared, declarations
 from .encodings import ENCODINGS, SCALE_ENDINGS, Encoding
 from .headers import TensorInfo
 from .packings import name_of_packing
@@ -148,7 +148,7 @@ class Weights:
 @cache
 def plain(dtype: str) -> Encoded:
     """Weights that are stored as they are."""
-    return Encoded("bf16", (Part("qweight", dtype, 1),))
+    return Encoded(UNQUANTIZED, (Part("qweight", dtype, 1),))
 
 
 def weights_of(source: Source) -> Weights:
@@ -158,7 +158,7 @@ def weights_of(source: Source) -> Weights:
         CheckpointError: with every quantized weight that cannot be read, and why.
     """
     tensors = source.tensors
-    announced = announcements(source)
+    declared = declarations(source)
     problems = Problems()
     found = find_weights(tensors)
     for name, codes in found.twice:
@@ -178,13 +178,13 @@ def weights_of(source: Source) -> Weights:
             "incomplete, or quantized in a way that this version does not know"
             f"{_seems(tensors)}",
         )
-    for said in announced:
+    for said in declared:
         said.refuse_contradictions(
             ((name, of.kind.encoded.format, of.kind.name) for name, of in found.stored.items()),
             problems,
         )
     problems.check()
-    return weights_in(tensors, found, announced)
+    return weights_in(tensors, found, declared)
 
 
 def find_weights(tensors: Mapping[str, TensorInfo]) -> Found:
@@ -193,7 +193,7 @@ def find_weights(tensors: Mapping[str, TensorInfo]) -> Found:
 
 
 def weights_in(
-    tensors: Mapping[str, TensorInfo], found: Found, announced: Sequence[Announced]
+    tensors: Mapping[str, TensorInfo], found: Found, declared: Sequence[Declared]
 ) -> Weights:
     """Tensors with their quantized weights as one each; what is unread or left over is not in."""
     names = {of.infos[0].name: name for name, of in found.stored.items()}
@@ -207,16 +207,16 @@ def weights_in(
             )
         elif name not in gone:
             kept[name] = info
-    warnings = [of.unknown_kv_cache for of in announced if of.unknown_kv_cache]
-    if announced and not found.stored:
+    warnings = [of.unknown_kv_cache for of in declared if of.unknown_kv_cache]
+    if declared and not found.stored:
         warnings.append(
-            f"{announced[0].where} says that the weights are quantized, and none is; what it says "
+            f"{declared[0].where} says that the weights are quantized, and none is; what it says "
             "is replaced"
         )
     return Weights(
         tensors=kept,
         encodings=Counter(of.kind.name for of in found.stored.values()),
-        kv_cache=any(of.has_kv_cache for of in announced),
+        kv_cache=any(of.has_kv_cache for of in declared),
         warnings=tuple(warnings),
         _stored=found.stored,
         _kinds=found.kinds,
@@ -329,11 +329,11 @@ def _kind_in(encoding: Encoding, codes: TensorInfo, beside: Mapping[str, TensorI
     inputs = [ending for ending in _INPUT_ENDINGS if ending in beside]
     first = beside[inputs[0]] if inputs else None
     is_number = first is not None and first.dtype in FLOATS and prod(first.shape) == 1
-    if number_format in ("fp8-tensor", "nvfp4") and first is not None and is_number:
+    if find_format(number_format).input_scale and first is not None and is_number:
         parts.append(Part("input_scale", first.dtype, 0))
         scales.append(inputs[0])
-    elif number_format == "nvfp4":
-        number_format = "nvfp4-w4a16"
+    else:
+        number_format = without_input_scale(number_format)
     lead, n, k = encoding.sizes(codes) or ((), 0, 0)
     return _Kind(
         name=encoding.name,

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..dialects.matching import UNQUANTIZED
 from ..dtypes import FLOATS
-from ..formats import Part
+from ..formats import UNQUANTIZED, Part
 from ..layouts.roles import is_matrix, module_of
 from ..source.headers import TensorInfo
 from .stacks import read_stacks

@@ -17,7 +17,7 @@ from ..errors import CheckpointError, InputError, OutputRefusedError, show
 from ..layouts import Detection, detect
 from ..output.journal import JOURNAL, PRIVATE, Journal, read_journal
 from ..source.checkpoint import CONFIG, INDEX, Source, is_safe_shard_name, shards_in
-from ..source.declared import HF_QUANT_CONFIG, Announced, everything_said, quantization_beside
+from ..source.declared import HF_QUANT_CONFIG, Declared, everything_declared, quantization_beside
 from ..source.files import read_regular
 from ..source.headers import Shard, TensorInfo, read_header
 from ..source.strict_json import parse_object, type_name
@@ -51,7 +51,7 @@ class Subject:
     lost: frozenset[str]
     found: Found
     weights: Weights
-    said: Sequence[Announced]
+    said: Sequence[Declared]
     detection: Detection | None
     undetected: tuple[str, ...]
     journal: Journal | None
@@ -246,17 +246,17 @@ class _Opening:
         lost = [tensor for tensor, shard in weight_map.items() if shard not in shards]
         return shards, tensors, lost
 
-    def said(self, config: Mapping[str, Any]) -> list[Announced]:
+    def said(self, config: Mapping[str, Any]) -> list[Declared]:
         """What config.json and hf_quant_config.json say of quantization."""
         text = self._bytes_of(HF_QUANT_CONFIG)
         try:
             if text is not None and quantization_beside(text) is None:
                 problem = 'has no object "quantization"'
                 self._add(HF_QUANT_CONFIG, problem, "TensorRT-LLM cannot read it")
-            return everything_said(config, text)
+            return everything_declared(config, text)
         except CheckpointError as error:
             self._add_all(HF_QUANT_CONFIG, error, "TensorRT-LLM cannot read it")
-            return everything_said(config, None)
+            return everything_declared(config, None)
 
     def _bytes_of(self, name: str) -> bytes | None:
         if name in self._texts:

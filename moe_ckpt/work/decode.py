@@ -16,10 +16,10 @@ from ..source.items import DTYPES, numbers
 from .batches import Batch, Budget
 from .reader import SourceReader
 
-__all__ = ["Loader"]
+__all__ = ["Decoder"]
 
 
-class Loader:
+class Decoder:
     """What one thread reads, into the buffers of its engine."""
 
     def __init__(self, reader: SourceReader, engine: Engine, budget: Budget) -> None:

@@ -12,7 +12,7 @@ from ..engines import Engine
 from ..errors import CheckpointError, show
 from ..plan import Job
 from .batches import Batch, Budget
-from .decode import Loader
+from .decode import Decoder
 from .pieces import cut
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -23,8 +23,8 @@ __all__ = ["Magnitudes", "rows_of_piece"]
 class Magnitudes:
     """Finds them with the engine of one thread."""
 
-    def __init__(self, loader: Loader, engine: Engine, budget: Budget) -> None:
-        self._loader = loader
+    def __init__(self, decoder: Decoder, engine: Engine, budget: Budget) -> None:
+        self._decoder = decoder
         self._engine = engine
         self._budget = budget
 
@@ -44,7 +44,7 @@ class Magnitudes:
         """
         found = []
         for piece in pieces:
-            stored = whole if whole is not None else self._loader.weights(batch, *piece)
+            stored = whole if whole is not None else self._decoder.weights(batch, *piece)
             found.append(self._of_piece(batch.job, stored))
         amax_BN = _joined(batch.job, found)
         held = (amax_BN <= limit).all(1)
@@ -66,7 +66,7 @@ class Magnitudes:
         job = batch.job
         one = Batch(job, slab, slab + 1)
         for start, stop in cut(one, self._budget):
-            stored = self._loader.weights(one, start, stop)[0]
+            stored = self._decoder.weights(one, start, stop)[0]
             values = self._engine.numbers(stored)
             wrong = ~(np.abs(values) <= limit)
             if wrong.any():

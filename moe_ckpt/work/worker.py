@@ -20,7 +20,7 @@ from ..formats.scales import scale_of
 from ..plan import Copy, Job
 from ..source.items import DTYPES, numbers
 from .batches import Batch, Budget, split
-from .decode import Loader
+from .decode import Decoder
 from .magnitudes import Magnitudes, rows_of_piece
 from .orientation import matrices_of
 from .pieces import PieceWriter, Sink, cut, write
@@ -49,8 +49,8 @@ class Worker:
 
     def _use(self, budget: Budget) -> None:
         self._budget = budget
-        self._loader = Loader(self._reader, self._engine, budget)
-        self._magnitudes = Magnitudes(self._loader, self._engine, budget)
+        self._decoder = Decoder(self._reader, self._engine, budget)
+        self._magnitudes = Magnitudes(self._decoder, self._engine, budget)
         self._pieces = PieceWriter(self._engine, budget)
 
     def copy(self, item: Copy, out: Sink) -> int:
@@ -122,13 +122,13 @@ class Worker:
             scalars = self._cast(batch, out, shared)
         else:
             scalars = self._move(batch, out)
-        write_scalars(batch, scalars, self._loader, out)
+        write_scalars(batch, scalars, self._decoder, out)
 
     def _quantize(self, batch: Batch, out: Sink, shared: float | None) -> Scalars:
         """Round weights to the parts of a format; returns its scalars."""
         job, target = batch.job, find_format(batch.job.format)
         pieces = cut(batch, self._budget)
-        whole = self._loader.weights(batch, *pieces[0]) if len(pieces) == 1 else None
+        whole = self._decoder.weights(batch, *pieces[0]) if len(pieces) == 1 else None
         known = [shared if shared is not None else slab.amax for slab in batch.slabs]
         if None in known or target.amax_of_rows:
             amax_BN = self._magnitudes.of_rows(batch, pieces, whole, target.limit)
@@ -137,7 +137,7 @@ class Worker:
             amax = np.array(known, np.float32)
         scale = scale_of(amax, target.largest) if target.largest else None
         for piece in pieces:
-            stored = whole if whole is not None else self._loader.weights(batch, *piece)
+            stored = whole if whole is not None else self._decoder.weights(batch, *piece)
             matrices = matrices_of(job, stored)
             scales: tuple[NDArray[np.float32] | None, ...] = (scale,) * len(matrices)
             if scale is not None and target.amax_of_rows:
@@ -158,7 +158,7 @@ class Worker:
         job = batch.job
         dtypes = {part.role: part.dtype for part in job.encoded.parts}
         for piece in cut(batch, self._budget):
-            stored = self._loader.parts(batch, *piece)
+            stored = self._decoder.parts(batch, *piece)
             if job.encoded.is_plain:
                 weights = self._engine.weights(stored["qweight"])
                 self._magnitudes.of_rows(batch, [piece], weights)
@@ -174,7 +174,7 @@ class Worker:
                             items = numbers(items, dtypes[part.role])
                         np.copyto(chunk.out[part.role], items)
         roles = [part.role for part in job.parts if part.is_scalar and part.role != "input_scale"]
-        return {role: stored_scalars(batch, role, self._loader) for role in roles}
+        return {role: stored_scalars(batch, role, self._decoder) for role in roles}
 
     def _cast(self, batch: Batch, out: Sink, shared: float | None) -> Scalars:
         """MXFP4 as NVFP4: the same codes under other scales; returns the global ones."""
@@ -184,7 +184,7 @@ class Worker:
         else:
             exponent_B = np.full(batch.count, int(shared), np.int32)
         for piece in cut(batch, self._budget):
-            stored = self._loader.parts(batch, *piece)
+            stored = self._decoder.parts(batch, *piece)
             views = {role: matrices_of(job, items) for role, items in stored.items()}
             B, N, _ = views["qweight"][0].shape
             shape = (B, len(views["qweight"]), N, job.columns)
@@ -199,7 +199,7 @@ class Worker:
     def _max_exponent(self, batch: Batch) -> NDArray[np.int32]:
         """The largest exponent of each slab's blocks, int32 [B]."""
         found = [
-            nvfp4_from_mxfp4.max_exponent(self._loader.parts(batch, *piece))
+            nvfp4_from_mxfp4.max_exponent(self._decoder.parts(batch, *piece))
             for piece in cut(batch, self._budget)
         ]
         largest: NDArray[np.int32] = np.maximum.reduce(found)
@@ -207,4 +207,6 @@ class Worker:
 
 
 def _is_cast(job: Job) -> bool:
-    return job.is_recoded and job.encoded.format == "mxfp4" and job.format != "mxfp4"
+    """Whether codes stay and their scales become those of another format."""
+    source, target = find_format(job.encoded.format), find_format(job.format)
+    return job.is_recoded and source.weights != target.weights

@@ -1,1 +1,1 @@
-"""What tests are made with: checkpoints in every layout and encoding, faults, runs of the command."""
+"""What tests are made with: checkpoints of every kind, faults, runs of the command."""

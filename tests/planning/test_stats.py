@@ -294,7 +294,7 @@ def test_names_of_transformers_count_for_the_original_release(tmp_path):
 
 
 def test_names_of_transformers_count_where_it_changes_the_prefix(tmp_path):
-    """Nemotron-H: `model.` in transformers, `backbone.` in the release and in loaders."""
+    """Nemotron-H: `model.` in transformers, `backbone.` in the release and in runtimes."""
     prefix = "backbone.layers.0.mixer.experts"
     tensors = {
         f"{prefix}.{e}.{name}.weight": ("BF16", shape)

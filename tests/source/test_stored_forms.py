@@ -62,7 +62,7 @@ def make(folder, family, form, i, h, *, dtype=torch.bfloat16, shards=2, count=E)
             stored += [values, torch.arange(count * h).view(count, h).to(dtype) - 7]
         tensors |= dict(zip(names, stored, strict=True))
         for e, projections in enumerate(experts):
-            module = family.loader_name(f"{prefix}.{family.split}.{e}")
+            module = family.runtime_name(f"{prefix}.{family.split}.{e}")
             present = [matrix for matrix in projections if matrix is not None]
             matrices[module] = dict(zip(family.projections, present, strict=True))
             if form.biases:
@@ -101,8 +101,8 @@ KINDS = {(form.layout, form.order, bool(form.biases)): (family, form) for family
 @pytest.mark.parametrize("as_", ["split", "fused"])
 def test_no_byte_depends_on_the_budget(tmp_path, kind, budget, as_):
     family, form = KINDS[kind]
-    if as_ == "fused" and not family.fused_loaders:
-        family, form = next((f, o) for f, o in FORMS if f.fused_loaders)
+    if as_ == "fused" and not family.fused_runtimes:
+        family, form = next((f, o) for f, o in FORMS if f.fused_runtimes)
     make(tmp_path / "in", family, form, 48, 32)
     plan = moe_ckpt.make_plan(tmp_path / "in", experts=as_)
     execute(plan, tmp_path / "a", backend=backend_for("cpu"))

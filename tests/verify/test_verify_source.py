@@ -160,8 +160,8 @@ def test_every_stored_form_is_paired(tmp_path, family, form, square):
 @pytest.mark.parametrize("budget", CUT, ids=lambda budget: str(budget.stage_nbytes))
 @pytest.mark.parametrize("as_", ["split", "fused"])
 def test_nothing_depends_on_the_budget(tmp_path, family, form, budget, as_):
-    if as_ == "fused" and not family.fused_loaders:
-        family, form = next((f, o) for f, o in FORMS if f.fused_loaders)
+    if as_ == "fused" and not family.fused_runtimes:
+        family, form = next((f, o) for f, o in FORMS if f.fused_runtimes)
     make(tmp_path / "in", family, form, 48, 32)
     out = convert(tmp_path / "in", tmp_path / "out", experts=as_)
     at_once = compare(out, tmp_path / "in")

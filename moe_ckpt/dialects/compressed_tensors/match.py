@@ -28,16 +28,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
-from ..matching import (
-    SGLANG,
-    TRANSFORMERS,
-    TRTLLM,
-    VLLM,
-    Built,
-    Reader,
-    UndecidedError,
-    all_or_none,
-)
+from ...runtimes import SGLANG, TRANSFORMERS, TRTLLM, VLLM
+from ..matching import Built, Reader, UndecidedError, all_or_none
 from ..modelopt.match import trtllm
 
 __all__ = ["LINEAR", "compressed_readers", "fits"]

@@ -28,9 +28,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...formats import UNQUANTIZED
+from ...runtimes import SGLANG, TRANSFORMERS, TRTLLM, VLLM
 from ..config import with_quantization
 from ..dialect import Assignment, Dialect, Spelling
-from ..matching import SGLANG, TRANSFORMERS, TRTLLM, UNQUANTIZED, VLLM, built_of, check
+from ..matching import built_of, check
 from .match import compressed_readers
 from .patterns import ignore_list, targets_of
 
@@ -140,7 +142,7 @@ _BLOCKS = {"qweight": "weight", "block_scale": "weight_scale"}
 _CHANNEL = {"qweight": "weight", "channel_scale": "weight_scale"}
 _TENSOR = {"qweight": "weight", "global_scale": "weight_scale", "input_scale": "input_scale"}
 _RECIPROCALS = frozenset({"global_scale", "input_scale"})
-_INT4_LOADERS = (VLLM, SGLANG, TRANSFORMERS)
+_INT4_RUNTIMES = (VLLM, SGLANG, TRANSFORMERS)
 
 DIALECT = Dialect(
     name="compressed-tensors",
@@ -159,7 +161,7 @@ DIALECT = Dialect(
         "fp8-block": Spelling(_BLOCKS, (VLLM, SGLANG, TRTLLM)),
         "int8-channel": Spelling(_CHANNEL, (VLLM,)),
         **{
-            f"int4-g{size}": Spelling(_PACKED, _INT4_LOADERS, shape_suffix="weight_shape")
+            f"int4-g{size}": Spelling(_PACKED, _INT4_RUNTIMES, shape_suffix="weight_shape")
             for size in (128, 64, 32)
         },
         UNQUANTIZED: Spelling({"qweight": "weight"}, (VLLM, SGLANG, TRTLLM, TRANSFORMERS)),

@@ -17,16 +17,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from ..matching import (
-    SGLANG,
-    TRANSFORMERS,
-    TRTLLM,
-    VLLM,
-    Built,
-    Reader,
-    UndecidedError,
-    all_or_none,
-)
+from ...runtimes import SGLANG, TRANSFORMERS, TRTLLM, VLLM
+from ..matching import Built, Reader, UndecidedError, all_or_none
 from ..modelopt.match import trtllm
 
 __all__ = ["fp8_readers", "sglang", "transformers", "vllm"]

@@ -32,7 +32,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from ..matching import SGLANG, TRTLLM, VLLM, Built, Reader, Rule, UndecidedError, all_or_none
+from ...runtimes import SGLANG, TRTLLM, VLLM
+from ..matching import Built, Reader, Rule, UndecidedError, all_or_none
 
 __all__ = ["RUNTIMES", "mixed_readers", "sglang", "trtllm", "vllm"]
 

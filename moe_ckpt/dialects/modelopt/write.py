@@ -30,9 +30,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...formats import UNQUANTIZED, find_format
+from ...runtimes import SGLANG, TRTLLM, VLLM
 from ..config import as_text, with_quantization
 from ..dialect import Assignment, Dialect, Spelling
-from ..matching import SGLANG, TRTLLM, UNQUANTIZED, VLLM, Built, built_of, check, formats_of
+from ..matching import Built, built_of, check, formats_of
 from .exclude import exclude_list
 from .match import mixed_readers
 
@@ -164,7 +166,7 @@ def _files(
 
 def refused_mix(formats: Sequence[str]) -> str:
     """SGLang sends a mix without NVFP4 to another method (model_config.py, MIXED_PRECISION)."""
-    if any(name.startswith("nvfp4") for name in formats):
+    if any(find_format(name).weights == "nvfp4" for name in formats):
         return ""
     return "SGLang takes a ModelOpt mix without NVFP4 for 4-bit integers"
 

@@ -9,18 +9,20 @@ from collections.abc import Mapping
 
 from ... import dialects
 from ...dialects import DIALECTS
-from ...dialects.matching import SGLANG, TRANSFORMERS, TRTLLM, UNQUANTIZED, VLLM
 from ...errors import show
+from ...formats import UNQUANTIZED
 from ...layouts.sizes import model_type_of
 from ...layouts.table import UNSUPPORTED, find_family
-from ...planning.expert_form import split_loaders
+from ...planning.expert_form import split_runtimes
+from ...runtimes import RUNTIMES, SGLANG, TRANSFORMERS, TRTLLM, VLLM
 from ..findings import Runtime
 from ..inventory import Inventory
 from ..subject import Subject
 
 __all__ = ["runtimes_of"]
 
-_ALL = (VLLM, SGLANG, TRTLLM, TRANSFORMERS)
+
+_SERVERS = (VLLM, SGLANG)
 
 # What quant_methods other than our dialects' spell, and who reads experts so.
 _OTHERS: Mapping[tuple[str, str], tuple[str, ...]] = {
@@ -28,7 +30,7 @@ _OTHERS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("fp8", "fp8-tensor"): (VLLM, SGLANG),
     ("fp8", "mxfp8"): (SGLANG, TRANSFORMERS),
     ("mxfp8", "mxfp8"): (SGLANG, TRANSFORMERS),
-    ("mxfp4", "mxfp4"): _ALL,
+    ("mxfp4", "mxfp4"): RUNTIMES,
 }
 
 _MODELOPT_IN_TRANSFORMERS = (
@@ -37,9 +39,9 @@ _MODELOPT_IN_TRANSFORMERS = (
 _NO_MOE = "it reads no experts with a scale for {} of ModelOpt's"
 # (quant_method, format, runtime) -> why not; the rest are said in general.
 _WHY_NOT: Mapping[tuple[str, str, str], str] = {
-    **{("modelopt", "fp8-channel", runtime): _NO_MOE.format("each row") for runtime in _ALL[:2]},
-    **{("modelopt", "fp8-block", runtime): _NO_MOE.format("each block") for runtime in _ALL[:2]},
-    **{("modelopt", "mxfp4", runtime): "it knows no algorithm MXFP4" for runtime in _ALL[:3]},
+    **{("modelopt", "fp8-channel", runtime): _NO_MOE.format("each row") for runtime in _SERVERS},
+    **{("modelopt", "fp8-block", runtime): _NO_MOE.format("each block") for runtime in _SERVERS},
+    **{("modelopt", "mxfp4", name): "it knows no algorithm MXFP4" for name in (*_SERVERS, TRTLLM)},
     ("modelopt", "mxfp8", SGLANG): "it wants the scales as weight_scale_inv",
     ("mxfp8", "mxfp8", VLLM): "it wants the scales as weight_scale",
     ("fp8", "mxfp8", VLLM): "it wants the scales as weight_scale",
@@ -59,7 +61,7 @@ def runtimes_of(subject: Subject, inventory: Inventory) -> list[Runtime]:
     linears = {module.format: None for module in inventory.linears.values() if module.is_quantized}
     formats = tuple(dict.fromkeys((*experts, *linears)))
     found = []
-    for runtime in _ALL:
+    for runtime in RUNTIMES:
         why_not = _of_family(runtime, subject, inventory, tuple(experts))
         if method and formats and any(name != UNQUANTIZED for name in formats):
             why_not = _of_formats(runtime, method, tuple(experts), tuple(linears)) or why_not
@@ -80,7 +82,7 @@ def _of_formats(
     dialect = next((dialect for dialect in DIALECTS if dialect.name == method), None)
     if dialect is None or not experts or not all(f in dialect.spellings for f in experts + linears):
         return ""
-    if runtime in dialects.loaders_of(dialect, experts, linears):
+    if runtime in dialects.runtimes_of_spelling(dialect, experts, linears):
         return ""
     return "it takes all experts to be of one format, and these are not"
 
@@ -88,7 +90,7 @@ def _of_formats(
 def _readers(method: str, name: str) -> tuple[str, ...]:
     dialect = next((dialect for dialect in DIALECTS if dialect.name == method), None)
     if dialect and name in dialect.spellings:
-        return dialect.spellings[name].loaders
+        return dialect.spellings[name].runtimes
     return _OTHERS.get((method, name), ())
 
 
@@ -107,13 +109,13 @@ def _of_family(
         )
     stacked = {m.format for found in inventory.experts.values() for m in found.stacked.values()}
     if not stacked:
-        if runtime in split_loaders(family, model_type):
+        if runtime in split_runtimes(family, model_type):
             return ""
         if runtime == TRANSFORMERS and family.in_transformers:
             return f"it reads the experts of {model_type} only fused"
         return family.instead or f"it has no {model_type}"
     quantized = stacked - {UNQUANTIZED, "mxfp4"}
-    if all(runtime in family.fused_loaders.get(name, ()) for name in quantized):
+    if all(runtime in family.fused_runtimes.get(name, ()) for name in quantized):
         return ""
     more = f"; {family.instead}" if family.instead else ""
     return f"it is not known to read {', '.join(experts)} of fused experts of {model_type}{more}"

@@ -95,9 +95,9 @@ def check_kv_cache(subject: Subject, findings: Findings) -> None:
     """A scheme for the KV cache and its scales go together."""
     tensors = subject.source.tensors
     scales = [name for name in tensors if name.endswith(KV_SCALES)]
-    announced = any(said.has_kv_cache for said in subject.said)
-    any_scheme = announced or any(said.unknown_kv_cache for said in subject.said)
-    if announced and not scales:
+    declared = any(said.has_kv_cache for said in subject.said)
+    any_scheme = declared or any(said.unknown_kv_cache for said in subject.said)
+    if declared and not scales:
         findings.add(
             "config",
             show(subject.said[0].where),
@@ -109,7 +109,7 @@ def check_kv_cache(subject: Subject, findings: Findings) -> None:
             "config",
             show(scales[0]),
             f"is one of {len(scales)} scales of a KV cache that no file says is quantized",
-            "runtimes keep the cache in 16 bits, and loaders that know no such name stop",
+            "runtimes keep the cache in 16 bits, and runtimes that know no such name stop",
         )
     for name in scales:
         other = re.sub(r"(k_proj\.k|v_proj\.v|k|v)_scale$", _other_scale, name)

@@ -8,8 +8,7 @@ from math import inf
 import numpy as np
 
 from ...errors import show
-from ...formats import find_format
-from ...formats.bounds import bound_of
+from ...formats import UNQUANTIZED, find_format
 from ...formats.scales import scale_of
 from ...plan import Job
 from ..findings import Difference, Findings
@@ -20,7 +19,7 @@ from .places import Places
 
 __all__ = ["report"]
 
-_PLAIN, _GLOBAL = "bf16", "global_scale"
+_GLOBAL = "global_scale"
 _OTHER_WEIGHTS = "the module computes with other weights than the source"
 
 
@@ -79,7 +78,7 @@ class _Reporter:
         tensors = [info.name for _, info, _ in self._places.parts(name)]
         wrong = [unequal[tensor] for tensor in tensors if tensor in unequal] if unequal else []
         is_exact = None if unequal is None else not wrong
-        is_plain = measured is None or measured.format == _PLAIN
+        is_plain = measured is None or measured.format == UNQUANTIZED
         is_copied = is_plain and pair.job.encoded.is_plain
         if is_exact is not None and (self._is_ours or is_copied):
             for one in wrong:
@@ -105,7 +104,8 @@ class _Reporter:
                 f"{name} rounds; the worst, at row {worst.row}, column {worst.column}, is "
                 f"{worst.found:.6g} and should be {worst.expected:.6g}"
             )
-        least = -inf if name == _PLAIN else bound_of(name).least_snr_db
+        codes = find_format(name).codes
+        least = codes.least_snr_db if codes else -inf
         if problems or found.snr_db < least:
             expected = f", and {name} leaves {least:g} or more" if found.snr_db < least else ""
             problems.append(f"the SNR is {found.snr_db:g} dB{expected}")

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...formats.bounds import BF16_ROUNDOFF, bound_of
+from ...formats import find_format
+from ...formats.bounds import BF16_ROUNDOFF, largest_errors
 from ...plan import Encoded
 from .matrices import Matrix, MatrixReader
 
@@ -104,6 +105,7 @@ def distance(
     ours, theirs = wanted.job.encoded, matrix.job.encoded
     step = max(1, min(_CHUNK_ITEMS, chunk_items) // max(matrix.job.columns, 1))
     slack = _slack(ours, theirs)
+    codes = find_format(theirs.format).codes
     with np.errstate(all="ignore"):  # whatever is no number is beyond its bound
         for start in range(0, matrix.rows, step):
             stop = min(start + step, matrix.rows)
@@ -111,12 +113,11 @@ def distance(
             values = there.values(matrix, start, stop)
             magnitude = np.abs(expected)
             bound = None
-            if is_bounded and theirs.is_plain:
+            if is_bounded and codes is None:
                 bound = magnitude * np.float32(slack)
-            elif is_bounded:
-                of_format = bound_of(theirs.format)
-                scale = there.scales(matrix, start, stop, of_format.one)
-                bound = of_format.of(magnitude, scale, slack)
+            elif is_bounded and codes is not None:
+                scale = there.scales(matrix, start, stop, codes.one)
+                bound = largest_errors(codes, magnitude, scale, slack)
             found.add(start, expected, values, magnitude, bound)
     return found
 

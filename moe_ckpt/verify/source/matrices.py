@@ -13,7 +13,7 @@ from ...formats import Part
 from ...plan import Job
 from ...source.items import DTYPES, numbers
 from ...work.batches import Batch, Budget
-from ...work.decode import Loader
+from ...work.decode import Decoder
 from ...work.reader import SourceReader
 
 __all__ = ["Matrix", "MatrixReader"]
@@ -51,7 +51,7 @@ class MatrixReader:
         self._reader = reader
         self._engine = engine
         self._budget = budget
-        self._loader = Loader(reader, engine, budget)
+        self._decoder = Decoder(reader, engine, budget)
         self._kept: tuple[Matrix, int, dict[str, NDArray[Any]]] | None = None
 
     def values(self, matrix: Matrix, start: int, stop: int) -> NDArray[np.float32]:
@@ -63,7 +63,7 @@ class MatrixReader:
         return self._rows(matrix, start, stop, None)
 
     def scales(self, matrix: Matrix, start: int, stop: int, one: int) -> NDArray[np.float32]:
-        """What a code of 1 stands for at each weight of these rows; see `Loader.scales`."""
+        """What a code of 1 stands for at each weight of these rows; see `Decoder.scales`."""
         return self._rows(matrix, start, stop, one)
 
     def _rows(self, matrix: Matrix, start: int, stop: int, one: int | None) -> NDArray[np.float32]:
@@ -76,9 +76,9 @@ class MatrixReader:
             first, last = where.step * start, where.step * stop
         batch = Batch(job, matrix.slab, matrix.slab + 1)
         if one is None:
-            found = self._loader.weights(batch, first, last)
+            found = self._decoder.weights(batch, first, last)
         else:
-            found = self._loader.scales(batch, first, last, one)
+            found = self._decoder.scales(batch, first, last, one)
         values = self._engine.numbers(found)[0]
         return np.array(values[where.start :: where.step] if where.step > 1 else values)
 
@@ -99,7 +99,7 @@ class MatrixReader:
         batch = Batch(job, matrix.slab, matrix.slab + 1)
         for part in job.encoded.parts:
             if part.is_scalar and part.role != "input_scale":
-                found[part.role] = self._loader.scalars(batch, part.role)[:, 0]
+                found[part.role] = self._decoder.scalars(batch, part.role)[:, 0]
             elif not part.is_scalar and part.role != "qweight":
                 _refuse_bad(found[part.role], part, job, matrix.slab)
         out = self._engine.empty("decoded", (1, stop - start, job.columns))

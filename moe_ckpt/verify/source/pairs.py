@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ...dtypes import FLOATS
 from ...errors import InputError, show
-from ...formats import find_format
+from ...formats import UNQUANTIZED, find_format
 from ...layouts import Detection, Experts, Side
 from ...layouts.roles import amax_groups, is_matrix, module_of, reason_to_keep, set_aside
 from ...plan import Copy, Encoded, Job
@@ -231,7 +231,7 @@ class _Pairing:
         if side.bias and side.bias in self._out.tensors:
             self._single(side.bias, self._weights.tensors[side.bias])
         elif side.bias:
-            units = self._maker.units().of_experts(found, find_format("bf16"))
+            units = self._maker.units().of_experts(found, find_format(UNQUANTIZED))
             self._biases([u for u in units if isinstance(u, CopyUnit) and u.source == side.bias])
 
     def _is_kept(self, name: str) -> bool:

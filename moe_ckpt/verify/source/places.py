@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from ...errors import Problems
-from ...formats import Part, find_format
+from ...formats import UNQUANTIZED, Part, find_format, without_input_scale
 from ...layouts import SPLIT
 from ...plan import Encoded, Job, Read, Slab
 from ...planning.shards import QuantUnit
@@ -126,10 +126,10 @@ class Places:
             has_input = found[-1][0].role == "input_scale"
             if codes.dtype == form.dtype and missing <= (not has_input):
                 parts, infos = zip(*found[: len(form.scales)], strict=True)
-                weights_only = form.format == "nvfp4" and not has_input
-                return Encoded(form.format + "-w4a16" * weights_only, parts), infos
+                found_format = form.format if has_input else without_input_scale(form.format)
+                return Encoded(found_format, parts), infos
         if codes.dtype in ("BF16", "F16", "F32"):
-            return Encoded("bf16", (Part("qweight", codes.dtype, 1),)), (codes,)
+            return Encoded(UNQUANTIZED, (Part("qweight", codes.dtype, 1),)), (codes,)
         return None
 
     def _of_stack(self, name: str, expert: int) -> Matrix:
@@ -166,7 +166,7 @@ class Places:
         for experts in self._detection.experts:
             if experts.layout == SPLIT:
                 continue
-            units = make.of_experts(experts, find_format("bf16"))
+            units = make.of_experts(experts, find_format(UNQUANTIZED))
             for unit in units[:1]:
                 for job in unit.jobs if isinstance(unit, QuantUnit) else ():
                     for number, slab in enumerate(job.slabs):
@@ -185,7 +185,7 @@ def _job(slab: Slab, n: int, k: int, encoded: Encoded, *, is_transposed: bool = 
         columns=k,
         encoded=encoded,
         dtype=encoded.parts[0].dtype if encoded.is_plain else "F32",
-        format="bf16",
+        format=UNQUANTIZED,
         parts=(),
         is_transposed=is_transposed,
     )

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ...dialects import find_dialect
 from ...errors import InputError, Problems
-from ...formats import QuantFormat, find_format
+from ...formats import UNQUANTIZED, QuantFormat, find_format
 from ...layouts import Detection
 from ...plan import Encoded, Job
 from ...planning.calibration import Calibration
@@ -51,7 +51,7 @@ class Maker:
             if job is not None and _stores(job, there):
                 return _placed(replace(job, inverse=there.inverse)), True
         problems = Problems()
-        job = make(self.units(problems), find_format("bf16"))
+        job = make(self.units(problems), find_format(UNQUANTIZED))
         problems.check()
         return job, False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
+from ...formats import without_input_scale
 from ...layouts.roles import set_aside
 from ...layouts.sizes import sizes_of
 from ..inventory import Inventory, Module
@@ -81,7 +82,7 @@ def _unlike(split: Iterable[Mapping[str, Module]]) -> Iterator[tuple[str, str]]:
                     f"has shape {list(module.shape)}; the other experts have {list(shape)}",
                 )
             elif _form(module) != form:
-                gone = module.format == "nvfp4-w4a16" and form[0] == "nvfp4"
+                gone = module.format == without_input_scale(form[0]) != form[0]
                 scale = _input_name(module)
                 if gone or (form[1] and not _form(module)[1]):
                     yield f"{module.name}.{scale}", "is missing; the other experts have one"

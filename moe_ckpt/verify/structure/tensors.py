@@ -33,7 +33,7 @@ _EFFECTS = {
     "channel_scale": "vLLM loads experts without a word, with what memory held as their scales",
     "input_scale": "vLLM takes what memory held for NVFP4 and 1.0 for FP8, SGLang takes 1.0: "
     "nothing is said, and all experts of the layer get the largest",
-    "leftover": "some loaders stop at a name that they do not know, others drop it",
+    "leftover": "some runtimes stop at a name that they do not know, others drop it",
 }
 _STOPS = "runtimes build the model from config.json, and stop where the shapes do not fit"
 
