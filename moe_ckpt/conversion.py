@@ -263,11 +263,13 @@ def _shared_amax(shard: OutShard, pool: Pool, budget: Budget) -> dict[Job, float
     found = {}
     for job in shard.jobs:
         if job.is_stacked:
-            known = [slab.amax for slab in job.slabs]
+            known = [output.amax for output in job.outputs]
             amax = [value for value in known if value is not None]
             if len(amax) < len(known) or job.is_recoded:
                 amax = []
-                tasks = (partial(Worker.amax, batch=batch) for batch in batches(job, budget))
+                tasks = (
+                    partial(Worker.largest, job=job, batch=b) for b in batches(job.place, budget)
+                )
                 pool.run(tasks, amax.extend)
             found[job] = max(amax)
     return found
@@ -280,5 +282,5 @@ def _tasks(
         yield partial(Worker.copy, item=item, out=out)
     for job in shard.jobs:
         shared = shared_amax.get(job) if job.is_stacked else None
-        for batch in batches(job, budget):
-            yield partial(Worker.convert, batch=batch, out=out, shared=shared)
+        for batch in batches(job.place, budget):
+            yield partial(Worker.convert, job=job, batch=batch, out=out, shared=shared)

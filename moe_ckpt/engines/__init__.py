@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from ..errors import EnvironmentFaultError, UsageError, show
 from ..formats import QuantFormat
-from ..plan import Encoded
 from ..source.items import DTYPES
+from ..source.stored import Encoded
 
 __all__ = ["Backend", "Engine", "backend_for", "host_items"]
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from ..formats import QuantFormat, find_format
 from ..kernels import dequantize, quantize, rows
 from ..kernels.elements import flat
-from ..plan import Encoded
 from ..source.items import numbers
+from ..source.stored import Encoded
 from . import Backend
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from ..errors import show
 from ..formats import QuantFormat, e8m0, find_format
 from ..formats.amax import abs_max
 from ..formats.scratch import Scratch
-from ..plan import Encoded
+from ..source.stored import Encoded
 from . import Backend
 
 __all__ = ["TorchEngine", "backend", "cpu_engine", "cuda_devices", "kernels_for"]

@@ -17,7 +17,7 @@ from ..formats import UNQUANTIZED, find_format
 from ..layouts import Detection, Experts
 from ..layouts.roles import module_of
 from ..source.weights import Weights
-from .choice import Choice, format_of_experts, output_name
+from .choice import Choice, format_of_experts
 from .recipe import KEEP, Recipe
 
 __all__ = ["Assigned", "assign"]
@@ -131,11 +131,11 @@ def _assignment(
     for found, name in zip(detection.experts, chosen, strict=True):
         experts.setdefault(name, []).append(_quantized(found))
     for group, name in choice.linears:
-        linears.setdefault(name, []).extend(output_name(detection, module) for module in group)
+        linears.setdefault(name, []).extend(detection.output_name(module) for module in group)
     inside: dict[str, dict[str, list[tuple[int, str]]]] = {}
     quantized: set[str] = set()
     for tensor, name in stays.items():
-        module = output_name(detection, module_of(tensor))
+        module = detection.output_name(module_of(tensor))
         if name == UNQUANTIZED:
             continue
         match = _EXPERT.fullmatch(module)

@@ -25,7 +25,7 @@ from ..source.weights import Weights, weights_of
 from .amax_file import read_amax
 from .assignment import Assigned, assign, formats_of_experts
 from .calibration import Calibration
-from .choice import Choice, choose, output_name
+from .choice import Choice, choose
 from .expert_form import form_of_experts, runtime_warnings, runtimes_of_output
 from .kv_cache import KV_SCALES, kv_cache_units, scale_name
 from .options import Options, PlanOptions, parse_size
@@ -210,7 +210,7 @@ class _Planner:
                 target = find_format(assigned.stays[name])
                 units += ((name, unit) for unit in make.of_stay(name, target))
             else:
-                new = scale_name(output_name(detection, name), self.dialect)
+                new = scale_name(detection.output_name(name), self.dialect)
                 units.append((name, make.of_copy(tensors[name], new, reason)))
         return units
 

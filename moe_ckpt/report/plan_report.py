@@ -227,7 +227,7 @@ def _stored(experts: Experts) -> str:
 
 def _outcome(plan: Plan, experts: Experts) -> str:
     """The names that experts get in the output."""
-    job = next(job for job in plan.jobs if _is_of(job.slabs[0].modules[0], experts))
+    job = next(job for job in plan.jobs if _is_of(job.outputs[0].modules[0], experts))
     dialect = find_dialect(plan.dialect)
     roles = [part.role for part in job.parts]
     if job.is_stacked:

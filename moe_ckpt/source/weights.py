@@ -10,19 +10,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from functools import cache
 from math import prod
 from typing import NamedTuple
 
 from ..dtypes import BITS, FLOATS, nbytes_of
 from ..errors import CheckpointError, Problems, show, show_some
-from ..formats import UNQUANTIZED, Part, find_format, without_input_scale
-from ..plan import Encoded, Read
+from ..formats import Part, find_format, without_input_scale
 from .checkpoint import Source
 from .declared import Declared, declarations
 from .encodings import ENCODINGS, SCALE_ENDINGS, Encoding
 from .headers import TensorInfo
 from .packings import name_of_packing
+from .stored import Encoded, Read, plain
 
 __all__ = ["Found", "Weights", "find_weights", "weights_in", "weights_of"]
 
@@ -143,12 +142,6 @@ class Weights:
         """What a tensor is stored as, for people; '' if it is not quantized."""
         stored = self._stored.get(name)
         return stored.kind.name if stored else ""
-
-
-@cache
-def plain(dtype: str) -> Encoded:
-    """Weights that are stored as they are."""
-    return Encoded(UNQUANTIZED, (Part("qweight", dtype, 1),))
 
 
 def weights_of(source: Source) -> Weights:

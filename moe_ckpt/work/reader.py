@@ -13,8 +13,8 @@ from contextlib import suppress
 from threading import Event, Lock
 
 from ..errors import EnvironmentFaultError, show
-from ..plan import Read
 from ..source.headers import Shard
+from ..source.stored import Read
 
 __all__ = ["SourceReader"]
 

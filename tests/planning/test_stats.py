@@ -49,8 +49,8 @@ def input_amaxes(plan):
         module: job.input_amax
         for shard in plan.shards
         for job in shard.jobs
-        for slab in job.slabs
-        for module in slab.modules
+        for output in job.outputs
+        for module in output.modules
     }
 
 

@@ -119,7 +119,7 @@ def test_our_conversions_are_clean(tmp_path, model, row, quantize, form):
         assert all(difference.is_exact for difference in findings.differences)
         if row.name != "bf16":
             copies = sum(len(shard.copies) for shard in plan.shards)
-            matrices = sum(len(job.slabs) * len(job.rows) for job in plan.jobs)
+            matrices = sum(len(job.outputs) * len(job.place.rows) for job in plan.jobs)
             assert findings.counts["copied tensors compared"] == copies > 5
             assert findings.counts["matrices compared"] == len(findings.differences) == matrices
     assert written

@@ -77,7 +77,7 @@ def against_source(
         def keep(done: tuple[int, Compared]) -> None:
             results[done[0]] = done[1]
 
-        gathered = gathered_nbytes(pair.job for pair in pairs.matrices)
+        gathered = gathered_nbytes(pair.job for pair in pairs.matrices if pair.job)
         budget = budget or budget_for(backend, limits, gathered)
         with _readers(source.shards.values(), subject.source.shards.values()) as (here, there):
             comparers = {

@@ -79,7 +79,7 @@ class _Reporter:
         wrong = [unequal[tensor] for tensor in tensors if tensor in unequal] if unequal else []
         is_exact = None if unequal is None else not wrong
         is_plain = measured is None or measured.format == UNQUANTIZED
-        is_copied = is_plain and pair.job.encoded.is_plain
+        is_copied = is_plain and pair.place.encoded.is_plain
         if is_exact is not None and (self._is_ours or is_copied):
             for one in wrong:
                 again = "" if is_copied else " when the source is quantized again"
@@ -91,7 +91,7 @@ class _Reporter:
             self._findings.differences.append(
                 Difference(measured.module, measured.format, is_exact, snr_db)
             )
-            if result.shared is not None and not pair.job.is_recoded:
+            if result.shared is not None and pair.job and not pair.job.is_recoded:
                 self._remember(pair.job, measured, result.shared)
 
     def _check_bound(self, measured: Measured) -> None:

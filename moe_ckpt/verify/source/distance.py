@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ...formats import find_format
 from ...formats.bounds import BF16_ROUNDOFF, largest_errors
-from ...plan import Encoded
+from ...source.stored import Encoded
 from .matrices import Matrix, MatrixReader
 
 __all__ = ["Distance", "Worst", "distance"]
@@ -102,8 +102,8 @@ def distance(
     ``is_bounded``: whether errors are held against the bound.
     """
     found = Distance()
-    ours, theirs = wanted.job.encoded, matrix.job.encoded
-    step = max(1, min(_CHUNK_ITEMS, chunk_items) // max(matrix.job.columns, 1))
+    ours, theirs = wanted.place.encoded, matrix.place.encoded
+    step = max(1, min(_CHUNK_ITEMS, chunk_items) // max(matrix.place.columns, 1))
     slack = _slack(ours, theirs)
     codes = find_format(theirs.format).codes
     with np.errstate(all="ignore"):  # whatever is no number is beyond its bound

@@ -5,12 +5,11 @@ from __future__ import annotations
 from functools import cached_property
 
 from ...errors import Problems
-from ...formats import UNQUANTIZED, Part, find_format, without_input_scale
+from ...formats import UNQUANTIZED, Part, without_input_scale
 from ...layouts import SPLIT
-from ...plan import Encoded, Job, Read, Slab
-from ...planning.shards import QuantUnit
-from ...planning.units import UnitMaker
+from ...layouts.places import expert_modules, place_of_experts, place_of_linears
 from ...source.headers import TensorInfo
+from ...source.stored import Encoded, Place, Read, Slab
 from ..stacks import STACK_FORMS
 from ..subject import Subject
 from .matrices import Matrix
@@ -43,12 +42,12 @@ class Places:
     def encoded(self, name: str) -> Encoded:
         """How a weight is stored."""
         inside = self._in_fused.get(name)
-        return inside.job.encoded if inside else self._weights.encoded(name)
+        return inside.place.encoded if inside else self._weights.encoded(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Its shape."""
         inside = self._in_fused.get(name)
-        return (inside.rows, inside.job.columns) if inside else self._weights.tensors[name].shape
+        return (inside.rows, inside.place.columns) if inside else self._weights.tensors[name].shape
 
     def matrix(self, name: str) -> Matrix:
         """It, to be read."""
@@ -57,9 +56,7 @@ class Places:
             return self._of_stack(stack, int(expert[:-1]))
         if name in self._in_fused:
             return self._in_fused[name]
-        n, k = self._weights.tensors[name].shape
-        slab = Slab((self._weights.reads(name),), (name,), (name,))
-        return Matrix(_job(slab, n, k, self._weights.encoded(name)), 0, 0)
+        return Matrix(place_of_linears(self._weights, [name]), 0, 0)
 
     def parts(self, name: str) -> list[tuple[Part, TensorInfo, Read]]:
         """Its parts, the tensors that hold them, and where they lie there.
@@ -75,8 +72,8 @@ class Places:
         else:
             infos = tuple(info for _, info in self._weights.stored_as(name))
             infos = infos or (self._weights.tensors[name],)
-        (reads,) = matrix.job.slabs[0].reads
-        return list(zip(matrix.job.encoded.parts, infos, reads, strict=True))
+        (reads,) = matrix.place.slabs[0].reads
+        return list(zip(matrix.place.encoded.parts, infos, reads, strict=True))
 
     def tensor(self, name: str) -> str:
         """The tensor that holds its codes."""
@@ -140,8 +137,8 @@ class Places:
             nbytes = info.nbytes if part.is_scalar else info.nbytes // e
             start = 0 if part.is_scalar else expert * nbytes
             reads.append(Read(info.shard, info.offset + start, nbytes))
-        slab = Slab((tuple(reads),), (name,), (expert_of(name, expert),))
-        return Matrix(_job(slab, n, k, encoded, is_transposed=True), 0, 0)
+        slab = Slab((tuple(reads),), (expert_of(name, expert),))
+        return Matrix(Place((slab,), (n,), (n,), k, encoded, is_transposed=True), 0, 0)
 
     # Other fused experts
 
@@ -162,30 +159,13 @@ class Places:
         found: dict[str, tuple[Matrix, tuple[str, ...]]] = {}
         if self._detection is None:
             return found
-        make = UnitMaker.to_read(self._weights, self._detection, Problems())
         for experts in self._detection.experts:
             if experts.layout == SPLIT:
                 continue
-            units = make.of_experts(experts, find_format(UNQUANTIZED))
-            for unit in units[:1]:
-                for job in unit.jobs if isinstance(unit, QuantUnit) else ():
-                    for number, slab in enumerate(job.slabs):
-                        for part, module in enumerate(slab.modules):
-                            matrix = Matrix(job, number, part)
-                            found[f"{module}.weight"] = matrix, experts.tensors
+            for side in experts.sides:
+                place = place_of_experts(self._weights, experts, side, Problems())
+                for expert in range(experts.num_experts):
+                    for part, module in enumerate(expert_modules(experts, side, expert)):
+                        matrix = Matrix(place, expert, part)
+                        found[f"{module}.weight"] = matrix, experts.tensors
         return found
-
-
-def _job(slab: Slab, n: int, k: int, encoded: Encoded, *, is_transposed: bool = False) -> Job:
-    """A job that only reads."""
-    return Job(
-        slabs=(slab,),
-        source_rows=(n,),
-        rows=(n,),
-        columns=k,
-        encoded=encoded,
-        dtype=encoded.parts[0].dtype if encoded.is_plain else "F32",
-        format=UNQUANTIZED,
-        parts=(),
-        is_transposed=is_transposed,
-    )
