@@ -52,6 +52,9 @@ top of it:
 `--dry-run` prints the estimate, which leaves out only the program itself. `--device-memory` bounds
 the buffers on the GPU. If the GPU has less memory to give, batches are halved until they fit.
 
+Pages that will not be read again are dropped from the system's page cache, so that a large
+checkpoint does not drive out everything else.
+
 ## Sizes
 
 Sizes are numbers of bytes with an optional unit: `5GB` is decimal, `512MiB` is binary.
