@@ -303,7 +303,9 @@ def test_the_table_of_formats_is_that_of_the_catalogue():
 def test_links_lead_somewhere():
     for page in PAGES:
         text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text())
-        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        names = dict(re.findall(r"(?m)^\[([\w-]+)\]: (\S+)$", text))
+        assert set(re.findall(r"\]\[([\w-]+)\]", text)) == names.keys()
+        for target in [*re.findall(r"\]\(([^)\s]+)\)", text), *names.values()]:
             path, _, anchor = target.partition("#")
             if path.startswith(PROJECT):
                 file = ROOT / path.removeprefix(PROJECT)
