@@ -7,11 +7,11 @@ BIN := $(VENV)/bin
 MODEL := fixtures/qwen3_moe
 DEMO := build/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test docs lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[fast,dev,oracle]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[fast,dev,docs,oracle]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -24,6 +24,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
+
+docs: $(VENV)/.installed
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --quiet --strict
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
