@@ -93,7 +93,8 @@ def _options(command: click.Command, context: click.Context) -> Iterator[str]:
             elif note:
                 notes.append(note)
         more = f" ({', '.join(notes)})" if notes else ""
-        yield f"| `{names}` | {_prose(found[1])}{more} | {default} |"
+        in_cell = names.replace("|", "\\|")  # else it ends the cell
+        yield f"| `{in_cell}` | {_prose(found[1])}{more} | {default} |"
     yield ""
 
 

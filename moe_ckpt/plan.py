@@ -17,7 +17,7 @@ from typing import NamedTuple
 from .dtypes import itemsize, nbytes_of
 from .formats import UNQUANTIZED, Part
 from .layouts import Experts
-from .planning.origin import Origin
+from .origin import Origin
 from .source.checkpoint import SideFile
 from .source.headers import Shard
 from .source.stored import Place, Read

@@ -14,9 +14,9 @@ from .errors import OutputRefusedError, Problems, show
 from .layouts import Detection, Given, detect
 from .layouts.places import expert_modules, place_of_experts, place_of_linears
 from .layouts.roles import is_matrix, module_of
+from .limits import Limits
 from .output.durable import publish, write_new
 from .planning.amax_file import amax_text, source_digest
-from .planning.options import Limits
 from .source.checkpoint import open_source
 from .source.stored import Place
 from .source.weights import Weights, weights_of

@@ -16,7 +16,7 @@ from ..kernels import dequantize, quantize, rows
 from ..kernels.elements import flat
 from ..source.items import numbers
 from ..source.stored import Encoded
-from . import Backend
+from .engine import Backend
 
 if TYPE_CHECKING:
     from .with_torch import TorchEngine

@@ -17,7 +17,7 @@ from ..formats import QuantFormat, e8m0, find_format
 from ..formats.amax import abs_max
 from ..formats.scratch import Scratch
 from ..source.stored import Encoded
-from . import Backend
+from .engine import Backend
 
 __all__ = ["TorchEngine", "backend", "cpu_engine", "cuda_devices", "kernels_for"]
 

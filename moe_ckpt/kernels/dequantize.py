@@ -23,7 +23,7 @@ INT4 = np.arange(-8, 8, dtype=np.float32)
 
 
 @compiled
-def pairs(qweight: Any, scale: Any, block: int, table: Any, out: Any, shape: Any) -> None:
+def decode_pairs(qweight: Any, scale: Any, block: int, table: Any, out: Any, shape: Any) -> None:
     """Two codes to a byte, whose values a table of 16 tells; a scale for each block."""
     B, N, K = shape
     for b in range(B):
@@ -37,7 +37,7 @@ def pairs(qweight: Any, scale: Any, block: int, table: Any, out: Any, shape: Any
 
 
 @compiled
-def e4m3(qweight: Any, scale: Any, tile: Any, out: Any, shape: Any) -> None:
+def decode_e4m3(qweight: Any, scale: Any, tile: Any, out: Any, shape: Any) -> None:
     """A scale for each tile of rows and columns; NaN stays NaN."""
     B, N, K = shape
     rows, columns = tile
@@ -51,7 +51,7 @@ def e4m3(qweight: Any, scale: Any, tile: Any, out: Any, shape: Any) -> None:
 
 
 @compiled
-def int8(qweight: Any, scale: Any, out: Any, shape: Any) -> None:
+def decode_int8(qweight: Any, scale: Any, out: Any, shape: Any) -> None:
     """A scale for each row."""
     B, N, K = shape
     for b in range(B):
@@ -69,7 +69,7 @@ Kernel = Callable[[NDArray[Any], NDArray[np.float32], Part, NDArray[np.float32]]
 
 def _pairs_of(table: NDArray[np.float32]) -> Kernel:
     def decode(codes: Any, scale: Any, part: Part, out: Any) -> None:
-        pairs(flat(codes), flat(scale), part.columns, table, flat(out), out.shape)
+        decode_pairs(flat(codes), flat(scale), part.columns, table, flat(out), out.shape)
 
     return decode
 
@@ -77,11 +77,11 @@ def _pairs_of(table: NDArray[np.float32]) -> Kernel:
 def _tiles(codes: Any, scale: Any, part: Part, out: Any) -> None:
     _, N, K = out.shape
     tile = (N, K) if part.is_scalar else (part.rows, min(part.columns, K))
-    e4m3(flat(codes), flat(scale), tile, flat(out), out.shape)
+    decode_e4m3(flat(codes), flat(scale), tile, flat(out), out.shape)
 
 
 def _int8_rows(codes: Any, scale: Any, _part: Part, out: Any) -> None:
-    int8(flat(codes), flat(scale), flat(out), out.shape)
+    decode_int8(flat(codes), flat(scale), flat(out), out.shape)
 
 
 # The module of a format -> what decodes it.

@@ -19,6 +19,7 @@ from ..dialects import Dialect, dialect_for
 from ..errors import LayoutError, Problems, UsageError, show, show_some
 from ..formats import UNQUANTIZED, find_format
 from ..layouts import Detection, Given, detect
+from ..limits import parse_size
 from ..plan import OutShard, Plan
 from ..source.checkpoint import Source, open_source
 from ..source.weights import Weights, weights_of
@@ -28,8 +29,8 @@ from .calibration import Calibration
 from .choice import Choice, choose
 from .expert_form import form_of_experts, runtime_warnings, runtimes_of_output
 from .kv_cache import KV_SCALES, kv_cache_units, scale_name
-from .options import Options, PlanOptions, parse_size
-from .origin import origin_of
+from .options import Options, PlanOptions
+from .provenance import origin_of
 from .recipe import RECIPE_FILE, Recipe, recipe_text
 from .shards import Unit, pack
 from .stats import Stats, read_stats

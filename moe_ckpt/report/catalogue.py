@@ -10,7 +10,7 @@ from ..formats import FORMATS, QuantFormat
 from ..formats.fitting import tensor_parallel_sizes
 from ..layouts import CHECKS, FAMILIES, LAYOUTS, SPLIT, UNSUPPORTED, Family
 from ..planning.expert_form import split_runtimes
-from .plan_report import table
+from .text import table
 
 _EXAMPLE = 768  # experts of Qwen3-30B-A3B
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..limits import Limits, parse_size
 from ..plan import Job, Plan
-from ..planning.options import Limits, parse_size
 from ..source.stored import Place, Slab
 
 if TYPE_CHECKING:

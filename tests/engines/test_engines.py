@@ -25,7 +25,7 @@ from moe_ckpt.engines import Backend, backend_for, with_torch
 from moe_ckpt.errors import EnvironmentFaultError, UsageError
 from moe_ckpt.formats import FORMATS, find_format
 from moe_ckpt.formats.scales import scale_of
-from moe_ckpt.planning.options import Limits
+from moe_ckpt.limits import Limits
 from moe_ckpt.source.items import DTYPES
 from moe_ckpt.source.stored import Encoded
 from moe_ckpt.work.batches import Budget, budget_for

@@ -20,7 +20,7 @@ from moe_ckpt.dialects import DIALECTS, dialect_for
 from moe_ckpt.engines import backend_for, with_torch
 from moe_ckpt.errors import InputError, UsageError
 from moe_ckpt.formats import find_format
-from moe_ckpt.planning.options import Limits
+from moe_ckpt.limits import Limits
 from moe_ckpt.verify.findings import Findings
 from moe_ckpt.verify.source.comparison import against_source
 from moe_ckpt.verify.subject import open_subject

@@ -15,7 +15,7 @@ from ...source.declared import HF_QUANT_CONFIG
 from ..findings import Findings, Runtime
 from ..inventory import Inventory, Module
 from ..subject import Subject
-from ..values.scales import GATE_UP
+from ..values.scale_values import GATE_UP
 from .inputs import check_inputs
 from .verdicts import runtimes_of
 from .words import check_kv_cache, check_single_experts, check_two_files

@@ -19,16 +19,16 @@ from ...work.batches import Batch, Budget
 from ...work.reader import SourceReader
 from ...work.worker import Worker
 from .distance import Distance, distance
+from .lookup import Lookup
 from .matrices import Matrix, MatrixReader
 from .pairs import CopyPair, MatrixPair
-from .places import Places
 from .sink import Comparison, Segment, Unequal
 
 __all__ = ["Compared", "Comparer", "Measured"]
 
 
 class Measured(NamedTuple):
-    """A matrix, its place in `Places`, what to call it, and how far it is from its source."""
+    """A matrix, its place in `Lookup`, what to call it, and how far it is from its source."""
 
     name: str
     module: str
@@ -60,14 +60,14 @@ class Comparer:
         there: SourceReader,
         engine: Engine,
         budget: Budget,
-        places: Places,
+        lookup: Lookup,
         *,
         is_ours: bool,
     ) -> None:
         self._is_ours = is_ours
         self._there = there
         self._chunk_items = budget.chunk_items
-        self._places = places
+        self._lookup = lookup
         self._sides = MatrixReader(here, engine, budget), MatrixReader(there, engine, budget)
 
     def copied(self, worker: Worker, pair: CopyPair) -> Compared:
@@ -96,7 +96,7 @@ class Comparer:
 
     def _measure(self, pair: MatrixPair, part: int, name: str) -> Iterator[Measured]:
         """How far a matrix is from the source, unless its bytes say all there is to know."""
-        wanted, matrix = Matrix(pair.place, pair.slab, part), self._places.matrix(name)
+        wanted, matrix = Matrix(pair.place, pair.slab, part), self._lookup.matrix(name)
         source, there = self._sides
         module = name.removesuffix(".weight")
         theirs = matrix.place.encoded
@@ -134,7 +134,7 @@ class Comparer:
                 start += pair.slab * region.slab_nbytes
             for name, rows in zip(pair.names, job.place.rows, strict=True):
                 assert name is not None
-                for part, info, read in self._places.parts(name):
+                for part, info, read in self._lookup.parts(name):
                     if part.role == region.role != "input_scale":
                         segments.append(Segment(start, info, read))
                 start += _nbytes(parts[region.role], rows, job)
@@ -149,7 +149,7 @@ class Comparer:
         target = find_format(job.format)
         (name,) = pair.names
         assert name is not None
-        read = next((r for p, _, r in self._places.parts(name) if p.role == "global_scale"), None)
+        read = next((r for p, _, r in self._lookup.parts(name) if p.role == "global_scale"), None)
         if read is None or not target.largest:
             return None
         stored = np.empty(1, np.float32)

@@ -14,8 +14,8 @@ from ...plan import Job
 from ..findings import Difference, Findings
 from ..subject import Subject
 from .comparer import Compared, Measured
+from .lookup import Lookup
 from .pairs import CopyPair, MatrixPair
-from .places import Places
 
 __all__ = ["report"]
 
@@ -25,7 +25,7 @@ _OTHER_WEIGHTS = "the module computes with other weights than the source"
 
 def report(
     subject: Subject,
-    places: Places,
+    lookup: Lookup,
     pairs: Sequence[CopyPair | MatrixPair],
     results: Sequence[Compared | None],
     findings: Findings,
@@ -33,7 +33,7 @@ def report(
     is_all: bool,
 ) -> None:
     """Add what was found, in the order of the pairs."""
-    reporter = _Reporter(subject, places, findings)
+    reporter = _Reporter(subject, lookup, findings)
     for pair, result in zip(pairs, results, strict=True):
         if result is None:
             continue
@@ -48,9 +48,9 @@ def report(
 class _Reporter:
     """One run of `report`."""
 
-    def __init__(self, subject: Subject, places: Places, findings: Findings) -> None:
+    def __init__(self, subject: Subject, lookup: Lookup, findings: Findings) -> None:
         self._is_ours = subject.is_ours
-        self._places = places
+        self._lookup = lookup
         self._findings = findings
         self._stacks: dict[int, tuple[Job, str, float, float]] = {}
 
@@ -75,7 +75,7 @@ class _Reporter:
         self, pair: MatrixPair, result: Compared, name: str, measured: Measured | None
     ) -> None:
         unequal = result.unequal
-        tensors = [info.name for _, info, _ in self._places.parts(name)]
+        tensors = [info.name for _, info, _ in self._lookup.parts(name)]
         wrong = [unequal[tensor] for tensor in tensors if tensor in unequal] if unequal else []
         is_exact = None if unequal is None else not wrong
         is_plain = measured is None or measured.format == UNQUANTIZED
@@ -118,7 +118,7 @@ class _Reporter:
             wanted, found = scale_of(np.array([largest, shared], np.float32), target.largest)
             if wanted != found:
                 stack = name.partition("[expert ")[0]
-                where = [i.name for p, i, _ in self._places.parts(name) if p.role == _GLOBAL]
+                where = [i.name for p, i, _ in self._lookup.parts(name) if p.role == _GLOBAL]
                 self._add(
                     where[0],
                     f"is {found:.9g}; the largest weight of {show(stack)} gives {wanted:.9g}",
@@ -132,7 +132,7 @@ class _Reporter:
 
     def _where(self, name: str) -> str:
         """The tensor of a weight; of stacked experts, which of them it is."""
-        return name if "[expert " in name else self._places.tensor(name)
+        return name if "[expert " in name else self._lookup.tensor(name)
 
     def _add(self, where: str, problem: str) -> None:
         self._findings.add("source", where, problem, _OTHER_WEIGHTS)

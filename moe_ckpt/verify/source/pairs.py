@@ -25,7 +25,7 @@ from ...source.stored import Encoded, Place
 from ...source.weights import Weights
 from ..findings import Findings
 from ..subject import Subject
-from .places import Places, expert_of
+from .lookup import Lookup, expert_label
 from .remake import Maker, jobs_of, only_job
 from .sink import Segment
 
@@ -44,7 +44,7 @@ class CopyPair(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MatrixPair:
-    """A slab of the source, and what its matrices should have become, as `Places` names it.
+    """A slab of the source, and what its matrices should have become, as `Lookup` names it.
 
     ``job``: what makes the same bytes again; None if only values can be compared.
     """
@@ -64,10 +64,10 @@ class Pairs:
 
 
 def pair_up(
-    subject: Subject, weights: Weights, detection: Detection, places: Places, findings: Findings
+    subject: Subject, weights: Weights, detection: Detection, lookup: Lookup, findings: Findings
 ) -> Pairs:
     """Pair a source, given by its weights and experts, with a checkpoint."""
-    pairing = _Pairing(subject, weights, detection, places, findings)
+    pairing = _Pairing(subject, weights, detection, lookup, findings)
     pairing.pair()
     order = {name: position for position, name in enumerate(weights.tensors)}
 
@@ -89,13 +89,13 @@ class _Pairing:
         subject: Subject,
         weights: Weights,
         detection: Detection,
-        places: Places,
+        lookup: Lookup,
         findings: Findings,
     ) -> None:
         self._subject = subject
         self._weights = weights
         self._detection = detection
-        self._places = places
+        self._lookup = lookup
         self._findings = findings
         self._out = subject.weights
         self._maker = Maker(weights, detection)
@@ -225,7 +225,7 @@ class _Pairing:
         if fused:
             for name in side.tensors:
                 self._single(name, self._weights.tensors[name])
-        elif not is_split and len(stacks) == 1 and self._places.is_stacked(stacks[0]):
+        elif not is_split and len(stacks) == 1 and self._lookup.is_stacked(stacks[0]):
             self._stacked_experts(found, side, stacks[0])
         else:
             self._split_experts(found, side, names)
@@ -243,24 +243,24 @@ class _Pairing:
 
     def _split_experts(self, found: Experts, side: Side, names: Sequence[Sequence[str]]) -> None:
         index = found.sides.index(side)
-        present = [[n if n in self._places else None for n in of_one] for of_one in names]
+        present = [[n if n in self._lookup else None for n in of_one] for of_one in names]
         there = [n for of_one in present for n in of_one if n is not None]
         if not there:
             where = f"{found.output}.*.{'/'.join(side.projections)}"
             self._add(where, f"is missing: what {show(side.tensors[0])} should have become", _LOST)
             return
-        for name in (n for of_one in names for n in of_one if n not in self._places):
+        for name in (n for of_one in names for n in of_one if n not in self._lookup):
             self._add(name, "is missing", _LOST)
         for name in there:
-            self._explained.update((name, *self._places.fused_with(name)))
+            self._explained.update((name, *self._lookup.fused_with(name)))
         place = self._place(lambda problems: place_of_experts(self._weights, found, side, problems))
         if place is None:
             return
         job = None
         # Ours are split or stacked, and of other fused ones the bytes are not compared.
-        if not any(map(self._places.fused_with, there)):
+        if not any(map(self._lookup.fused_with, there)):
             job = self._maker.job(
-                {self._places.encoded(name) for name in there},
+                {self._lookup.encoded(name) for name in there},
                 lambda make, target: jobs_of(make.of_experts(found, target))[index],
             )
         for slab, of_one in enumerate(present):
@@ -268,7 +268,7 @@ class _Pairing:
 
     def _stacked_experts(self, found: Experts, side: Side, stack: str) -> None:
         index = found.sides.index(side)
-        self._explained.update(self._places.tensors_of_stack(stack))
+        self._explained.update(self._lookup.tensors_of_stack(stack))
         place = self._place(
             lambda problems: place_of_experts(
                 self._weights, found, side, problems, in_one_piece=True
@@ -277,16 +277,16 @@ class _Pairing:
         if place is None:
             return
         job = self._maker.job(
-            {self._places.encoded_stack(stack)},
+            {self._lookup.encoded_stack(stack)},
             lambda make, target: jobs_of(make.of_fused_experts(found, target))[index],
         )
         shape = (found.num_experts, side.columns, sum(side.rows))
-        there = self._places.shape_of_stack(stack)
+        there = self._lookup.shape_of_stack(stack)
         if shape != there:
             self._differs(stack, f"weights {list(shape)}", f"weights {list(there)}")
             return
         for slab in range(found.num_experts):
-            self.matrices.append(MatrixPair(place, slab, (expert_of(stack, slab),), job))
+            self.matrices.append(MatrixPair(place, slab, (expert_label(stack, slab),), job))
 
     # Linear layers
 
@@ -339,7 +339,7 @@ class _Pairing:
         """Add a pair of those matrices whose shapes are right."""
         kept: list[str | None] = []
         for name, rows in zip(names, place.rows, strict=True):
-            shape = self._places.shape(name) if name else ()
+            shape = self._lookup.shape(name) if name else ()
             if name and shape != (rows, place.columns):
                 wanted = f"weights {[rows, place.columns]}"
                 self._differs(name, wanted, f"weights {list(shape)}")

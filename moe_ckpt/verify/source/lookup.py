@@ -14,19 +14,19 @@ from ..stacks import STACK_FORMS
 from ..subject import Subject
 from .matrices import Matrix
 
-__all__ = ["Places", "expert_of"]
+__all__ = ["Lookup", "expert_label"]
 
 
-def expert_of(stack: str, expert: int) -> str:
+def expert_label(stack: str, expert: int) -> str:
     """What to call one of stacked experts."""
     return f"{stack}[expert {expert}]"
 
 
-class Places:
+class Lookup:
     """Looks weights up by name.
 
     Experts that are stacked as ModelOpt does it, ``experts.gate_up_proj`` [E, K, N], are called
-    what `expert_of` says; those in other fused tensors what they are called when split.
+    what `expert_label` says; those in other fused tensors what they are called when split.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -137,7 +137,7 @@ class Places:
             nbytes = info.nbytes if part.is_scalar else info.nbytes // e
             start = 0 if part.is_scalar else expert * nbytes
             reads.append(Read(info.shard, info.offset + start, nbytes))
-        slab = Slab((tuple(reads),), (expert_of(name, expert),))
+        slab = Slab((tuple(reads),), (expert_label(name, expert),))
         return Matrix(Place((slab,), (n,), (n,), k, encoded, is_transposed=True), 0, 0)
 
     # Other fused experts
