@@ -12,8 +12,9 @@ from ..formats import find_format
 from ..layouts import Experts
 from ..limits import Limits
 from ..plan import Plan
+from ..words import count_of
 from ..work.batches import peak_nbytes
-from .text import count_of, size, table
+from .text import size, table
 
 __all__ = ["plan_document", "plan_lines"]
 
@@ -82,7 +83,8 @@ def plan_lines(plan: Plan, limits: Limits | None = None) -> Iterator[str]:
     yield f"Model     {show(plan.model_type)}, family {plan.family}"
     for count, example in _experts_kinds(plan):
         yield (
-            f"Experts   {count} layers x {example.num_experts} experts, {_stored(example)}, as in "
+            f"Experts   {count_of(count, 'layer')} x {count_of(example.num_experts, 'expert')}, "
+            f"{_stored(example)}, as in "
             f"{show(example.source)}"
         )
         yield f"Evidence  {example.evidence}"

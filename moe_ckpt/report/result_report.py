@@ -8,8 +8,9 @@ from typing import Any
 from ..errors import show
 from ..limits import Limits
 from ..result import Result
+from ..words import count_of, counted
 from .plan_report import plan_document
-from .text import count_of, counted, size
+from .text import size
 
 __all__ = ["result_document", "result_lines"]
 

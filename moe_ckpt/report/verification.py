@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import show
 from ..verify.findings import Findings, by_effect
-from .text import count_of, counted
+from ..words import count_of, counted
 
 __all__ = ["document", "lines", "outcome"]
 

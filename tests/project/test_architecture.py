@@ -16,7 +16,7 @@ PACKAGE = Path(moe_ckpt.__file__).parent
 # From the bottom to the top: a room imports from its own line and those above it in this list,
 # never from one that follows.
 ORDER = (
-    ("errors", "dtypes", "runtimes", "version"),
+    ("errors", "dtypes", "runtimes", "version", "words"),
     ("limits", "formats"),
     ("dialects",),
     ("source",),
