@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from .amax import abs_max, scale_of
-from .scratch import Scratch
+from .scratch import Scratch, placed
 
 __all__ = ["Int4", "of_group"]
 
@@ -51,7 +51,7 @@ class Int4:
         limits = torch.finfo(out["block_scale"].dtype if out else torch.bfloat16)
         scale = scale_of(abs_max(groups, scratch), 7.5)
         scale.clamp_(limits.smallest_normal * limits.eps, limits.max)  # matters for fp16 only
-        block_scale = out["block_scale"].copy_(scale) if out else scale.bfloat16()
+        block_scale = placed(out, "block_scale", scale, torch.bfloat16)
         scaled = scratch.empty("scaled", tuple(groups.shape), torch.float32).copy_(groups)
         scaled /= block_scale.float().unsqueeze(-1)
         scaled.round_().clamp_(-8, 7).add_(8)
