@@ -22,8 +22,8 @@ from .recipe import KEEP, Recipe
 
 __all__ = ["Assigned", "assign"]
 
-# Of these some runtime builds none that are quantized, whatever a configuration says; to keep one
-# would cost the form of all others.
+# Some runtime builds these in 16 bits, whatever a configuration says: to keep the form of one
+# would cost that of all others.
 _BUILT_PLAIN = ("embedding", "output head")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
 

@@ -110,7 +110,7 @@ class Weights:
     def reads(self, name: str, start: int = 0, count: int | None = None) -> tuple[Read, ...]:
         """The bytes of ``count`` weights of a tensor, from weight ``start`` on, for each part.
 
-        Of a quantized tensor they are whole matrices [N, K].
+        For a quantized tensor they are whole matrices [N, K].
         """
         info = self.tensors[name]
         stored = self._stored.get(name)

@@ -55,7 +55,7 @@ class Magnitudes:
         return amax_BN
 
     def _of_piece(self, place: Place, stored: Any) -> NDArray[np.float32]:
-        """Of stored rows [B, rows, columns], in chunks for the cache."""
+        """The magnitudes of stored rows [B, rows, columns], in chunks for the cache."""
         B, rows, columns = stored.shape
         step = max(1, self._budget.chunk_items // (columns * B))
         chunks = (stored[:, at : at + step] for at in range(0, rows, step))
@@ -96,7 +96,7 @@ def _joined(place: Place, found: list[NDArray[np.float32]]) -> NDArray[np.float3
 def rows_of_piece(
     place: Place, of_rows_BN: NDArray[np.float32], piece: tuple[int, int]
 ) -> tuple[NDArray[np.float32], ...]:
-    """Of numbers that all rows of slabs have, those of each matrix of a piece, [B, N]."""
+    """Numbers for all rows of slabs, cut to those of each matrix of a piece, [B, N]."""
     if not place.is_transposed:
         of_rows_BN = of_rows_BN[:, piece[0] : piece[1]]
     return (of_rows_BN[:, 0::2], of_rows_BN[:, 1::2]) if place.is_interleaved else (of_rows_BN,)

@@ -59,7 +59,7 @@ def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, A
 def check_side_files(subject: Subject, source: Source, findings: Findings) -> None:
     """Tokenizer, chat template and the like must be there, with the same content.
 
-    Of tools other than ours JSON may be written anew, if it says the same.
+    Other tools may have written JSON anew, if it says the same.
     """
     for file in source.side_files:
         if not subject.is_ours and file.path.suffix not in _READ_BY_RUNTIMES:

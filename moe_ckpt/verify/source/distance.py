@@ -32,7 +32,7 @@ class Worst(NamedTuple):
 
 @dataclass(slots=True)
 class Distance:
-    """Of a matrix from its source.
+    """How far a matrix is from its source.
 
     ``signal`` and ``noise`` are sums of squares, ``largest`` is the source's largest magnitude,
     ``beyond`` counts weights whose error is beyond the bound.

@@ -43,8 +43,8 @@ class Matrix(NamedTuple):
 class MatrixReader:
     """Reads matrices of one checkpoint, for one thread.
 
-    Of slabs that are stored transposed it keeps as many columns as fit half of the stage: they
-    are read with a call for every row.
+    When slabs are stored transposed it keeps as many columns as fit half of the stage: they are
+    read with a call for every row.
     """
 
     def __init__(self, reader: SourceReader, engine: Engine, budget: Budget) -> None:
