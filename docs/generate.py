@@ -93,8 +93,9 @@ def _options(command: click.Command, context: click.Context) -> Iterator[str]:
             elif note:
                 notes.append(note)
         more = f" ({', '.join(notes)})" if notes else ""
-        in_cell = names.replace("|", "\\|")  # else it ends the cell
-        yield f"| `{in_cell}` | {_prose(found[1])}{more} | {default} |"
+        # A bar would end the cell, and readers differ on how it is escaped in code.
+        cell = f"<code>{names.replace('|', '&#124;')}</code>" if "|" in names else f"`{names}`"
+        yield f"| {cell} | {_prose(found[1])}{more} | {default} |"
     yield ""
 
 
