@@ -13,7 +13,6 @@ from ...errors import show
 from ...formats import UNQUANTIZED
 from ...layouts.sizes import model_type_of
 from ...layouts.table import UNSUPPORTED, find_family
-from ...planning.expert_form import split_runtimes
 from ...runtimes import RUNTIMES, SGLANG, TRANSFORMERS, TRTLLM, VLLM
 from ..findings import Runtime
 from ..inventory import Inventory
@@ -109,7 +108,7 @@ def _of_family(
         )
     stacked = {m.format for found in inventory.experts.values() for m in found.stacked.values()}
     if not stacked:
-        if runtime in split_runtimes(family, model_type):
+        if runtime in family.split_runtimes(model_type):
             return ""
         if runtime == TRANSFORMERS and family.in_transformers:
             return f"it reads the experts of {model_type} only fused"
