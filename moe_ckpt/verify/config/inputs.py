@@ -30,8 +30,10 @@ def check_inputs(
         return
     for name, experts in inventory.experts.items():
         members = {module.name: module for module in experts.matrices if module.name in bare}
+        if not members or _is_told_already(members, findings):
+            continue
         found = _read(reading, Built(name, tuple(members), None, is_experts=True))
-        if members and found in reading.static and not _is_told_already(members, findings):
+        if found in reading.static:
             _add_bare(next(iter(members.values())), len(members), findings)
     for name in bare:
         if name in inventory.linears and _read(reading, Built(name, (name,), None)):
