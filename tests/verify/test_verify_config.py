@@ -13,7 +13,6 @@ import moe_ckpt
 from moe_ckpt.dialects.matching import Built
 from moe_ckpt.dialects.read import read_config
 from moe_ckpt.formats import find_format
-from moe_ckpt.source.declared import Declared
 from moe_ckpt.verify import verify
 
 NVFP4 = FIXTURES / "qwen3_moe" / "modelopt-nvfp4"
@@ -468,8 +467,7 @@ def test_runtimes_that_load_it_are_named(folder, runtime, why_not):
 
 def test_a_release_of_deepseek_lists_neither_head_nor_router():
     """transformers lists what stays by itself where no list is given, and routers are its own."""
-    said = Declared("config.json", FP8)
-    readers = read_config(said).readers
+    readers = read_config("fp8", FP8).readers
     assert {read(Built("lm_head", ("lm_head",), None)) for read in readers.values()} == {
         "fp8-block"
     }
@@ -515,7 +513,7 @@ def test_a_release_of_deepseek_is_clean(tmp_path):
     ],
 )
 def test_wrong_types_in_a_configuration_are_found(said, name):
-    problems = read_config(Declared("config.json", said)).problems
+    problems = read_config(said["quant_method"], said).problems
     assert any(name in problem for problem in problems), problems
 
 
