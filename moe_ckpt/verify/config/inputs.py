@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from ...dialects.matching import Built, UndecidedError
 from ...dialects.reading import Reading
 from ...errors import show
+from ...source.encodings import input_name_of
 from ..findings import Findings
 from ..inventory import Inventory, Module
 
@@ -53,11 +54,10 @@ def _is_told_already(members: Mapping[str, Module], findings: Findings) -> bool:
 
 
 def _add_bare(module: Module, count: int, findings: Findings) -> None:
-    inputs = "input_global_scale" if module.inverse else "input_scale"
     more = f", and {count - 1} more of the layer lack it too" if count > 1 else ""
     findings.add(
         "structure",
-        show(f"{module.name}.{inputs}"),
+        show(f"{module.name}.{input_name_of(module.what)}"),
         f"is missing; the configuration says that activations have a static scale{more}",
         "vLLM takes what memory held for NVFP4 and 1.0 for FP8, SGLang takes 1.0: nothing is said",
     )
