@@ -18,7 +18,7 @@ from .fp8 import write as fp8
 from .modelopt import write as modelopt
 
 __all__ = ["DIALECTS", "Assignment", "Dialect", "QuantizedExperts", "Spelling"]
-__all__ += ["dialect_for", "find_dialect", "runtimes_of_spelling"]
+__all__ += ["dialect_for", "dialect_that_writes", "find_dialect", "runtimes_of_spelling"]
 
 # In the order in which they are tried for several formats.
 DIALECTS: tuple[Dialect, ...] = (
@@ -44,6 +44,12 @@ def find_dialect(name: str) -> Dialect:
             return dialect
     known = ", ".join(dialect.name for dialect in DIALECTS)
     raise UsageError(f"dialect {name!r} is unknown; choose {known}")
+
+
+def dialect_that_writes(method: str) -> Dialect | None:
+    """The dialect of a ``quant_method``, which has its name; None if nothing here writes it."""
+    known = (dialect for dialect in DIALECTS if dialect is not plain.DIALECT)
+    return next((dialect for dialect in known if dialect.name == method), None)
 
 
 def dialect_for(formats: Sequence[str], wanted: str | None = None) -> Dialect:

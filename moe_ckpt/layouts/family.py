@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..runtimes import SGLANG, TRANSFORMERS, VLLM
+from ..runtimes import SGLANG, TRANSFORMERS, TRTLLM, VLLM
 
 __all__ = ["CONCAT", "INTERLEAVED", "LAYOUTS", "ORDERS", "SPLIT", "Family", "Form", "Layout"]
 
@@ -130,7 +130,9 @@ class Family:
     ``not_restorable``: parts of names that only transformers 5 writes and this table cannot
         turn back; a checkpoint that has them is refused.
     ``built_as``: routers that runtimes build under names that no tensor has, below the layer.
-    ``runtimes``: which have the model and read the split form; TensorRT-LLM is in a list by itself.
+    ``runtimes``: which have the model and read the split form, for all of the model types.
+    ``in_tensorrt_llm``: the model types whose classes TensorRT-LLM has (_torch/models/
+        _arch_index.py); it reads their split form.
     ``fused_runtimes``: which read ModelOpt's fused export of the model, by format; empty if
         ModelOpt has none.
     ``instead``: what the user must know about the other runtimes; what works, if none reads
@@ -150,6 +152,7 @@ class Family:
     not_restorable: tuple[str, ...] = ()
     built_as: tuple[str, ...] = ()
     runtimes: tuple[str, ...] = (VLLM, SGLANG, TRANSFORMERS)
+    in_tensorrt_llm: tuple[str, ...] = ()
     fused_runtimes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     instead: str = ""
     in_transformers: bool = True
@@ -168,6 +171,11 @@ class Family:
     def describe_split(self) -> str:
         """Where the tensors of that form are; E stands for the expert."""
         return f"{self.split}.E.{{{', '.join(self.projections)}}}.weight"
+
+    def split_runtimes(self, model_type: str) -> tuple[str, ...]:
+        """The runtimes that have the model and read its experts one by one."""
+        more = (TRTLLM,) if model_type in self.in_tensorrt_llm else ()
+        return (*self.runtimes, *more)
 
     @property
     def reads_split(self) -> bool:

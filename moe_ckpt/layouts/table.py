@@ -29,6 +29,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="qwen_moe",
         model_types=("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
+        in_tensorrt_llm=("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
         checked="export",
     ),
     Family(
@@ -49,12 +50,14 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="qwen3_vl_moe",
         model_types=("qwen3_vl_moe", "qwen3_vl_moe_text"),
+        in_tensorrt_llm=("qwen3_vl_moe",),
         forms=(_MLP, Form("fused-transposed", "mlp.experts", GATE_UP_PROJ)),
         runtimes=SERVERS,
     ),
     Family(
         name="deepseek",
         model_types=("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm_moe_dsa"),
+        in_tensorrt_llm=("deepseek_v3", "deepseek_v32", "kimi_k2", "glm_moe_dsa"),
         checked="export",
     ),
     Family(
@@ -70,6 +73,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="kimi_k25",
         model_types=("kimi_k25",),
+        in_tensorrt_llm=("kimi_k25",),
         forms=(),
         # The first three: what transformers writes with save_original_format and should not.
         prefixes=(
@@ -80,10 +84,15 @@ FAMILIES: tuple[Family, ...] = (
         ),
         not_restorable=("model.language_model.",),
     ),
-    Family(name="glm4_moe", model_types=("glm4_moe", "glm4_moe_lite", "glm4v_moe")),
+    Family(
+        name="glm4_moe",
+        model_types=("glm4_moe", "glm4_moe_lite", "glm4v_moe"),
+        in_tensorrt_llm=("glm4_moe",),
+    ),
     Family(
         name="mlp_experts",
         model_types=("olmoe", "afmoe", "cohere2_moe", "hunyuan_v1_moe", "longcat_flash"),
+        in_tensorrt_llm=("afmoe", "hunyuan_v1_moe"),
     ),
     Family(
         name="ernie4_5_moe",
@@ -106,6 +115,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="laguna",
         model_types=("laguna",),
+        in_tensorrt_llm=("laguna",),
         renames=(
             ("mlp.shared_experts.", "mlp.shared_expert."),
             ("mlp.gate.e_score_correction_bias", "mlp.experts.e_score_correction_bias"),
@@ -127,6 +137,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="exaone_moe",
         model_types=("exaone_moe",),
+        in_tensorrt_llm=("exaone_moe",),
         renames=(("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias"),),
     ),
     Family(
@@ -177,6 +188,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="mixtral",
         model_types=("mixtral", "minimax", "minimax_m2"),
+        in_tensorrt_llm=("mixtral", "minimax_m2"),
         split="block_sparse_moe.experts",
         projections=W1_W3_W2,
         renames=(("mlp.", "block_sparse_moe."),),
@@ -192,6 +204,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="minimax_m3",
         model_types=("minimax_m3_vl", "minimax_m3"),
+        in_tensorrt_llm=("minimax_m3_vl", "minimax_m3"),
         forms=(),
         split="block_sparse_moe.experts",
         projections=W1_W3_W2,
@@ -201,6 +214,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="kimi_linear",
         model_types=("kimi_linear",),
+        in_tensorrt_llm=("kimi_linear",),
         forms=(),
         split="block_sparse_moe.experts",
         projections=W1_W3_W2,
@@ -223,6 +237,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="nemotron_h",
         model_types=("nemotron_h",),
+        in_tensorrt_llm=("nemotron_h",),
         split="mixer.experts",
         projections=("up_proj", "down_proj"),
         forms=(Form("stacked", "mixer.experts", ("up_proj", "down_proj")),),
@@ -310,6 +325,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="gemma4",
         model_types=("gemma4", "gemma4_text"),
+        in_tensorrt_llm=("gemma4", "gemma4_text"),
         split="experts",
         forms=(Form("fused", "experts", GATE_UP_PROJ),),
         runtimes=SERVERS,

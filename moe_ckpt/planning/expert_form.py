@@ -8,25 +8,12 @@ from .. import dialects
 from ..dialects import Dialect
 from ..errors import LayoutError, show, show_some
 from ..formats import UNQUANTIZED
-from ..layouts import Detection, Family
-from ..runtimes import TRANSFORMERS, TRTLLM
+from ..layouts import Detection
+from ..runtimes import TRANSFORMERS
 
-__all__ = ["EXPERTS", "form_of_experts", "runtime_warnings", "runtimes_of_output", "split_runtimes"]
+__all__ = ["EXPERTS", "form_of_experts", "runtime_warnings", "runtimes_of_output"]
 
 EXPERTS = ("auto", "split", "fused")
-
-# The model types whose classes TensorRT-LLM has (_torch/models/_arch_index.py) and reads split.
-_IN_TENSORRT_LLM = frozenset(
-    "qwen2_moe qwen3_moe qwen3_next qwen3_5_moe qwen3_5_moe_text qwen3_vl_moe deepseek_v3 "
-    "deepseek_v32 kimi_k2 kimi_k25 kimi_linear glm_moe_dsa glm4_moe afmoe exaone_moe gemma4 "
-    "gemma4_text hunyuan_v1_moe laguna minimax_m2 minimax_m3 minimax_m3_vl mixtral "
-    "nemotron_h".split()
-)
-
-
-def split_runtimes(family: Family, model_type: str) -> tuple[str, ...]:
-    """The runtimes that have the model and read its experts one by one."""
-    return (*family.runtimes, *([TRTLLM] if model_type in _IN_TENSORRT_LLM else []))
 
 
 def form_of_experts(
@@ -49,7 +36,7 @@ def form_of_experts(
     if wanted == "auto":
         known_fused = family.fused_runtimes if dialect.stacks else {}
         fused = max((len(known_fused.get(name, ())) for name in formats), default=0)
-        split = len(split_runtimes(family, detection.model_type))
+        split = len(family.split_runtimes(detection.model_type))
         known = all(name in known_fused for name in formats)
         form = "fused" if fused > split or (known and not split) else "split"
         if form == "split" and not split and family.instead:
@@ -88,7 +75,7 @@ def runtimes_of_output(
 ) -> tuple[str, ...]:
     """The runtimes that read the model, its experts in this form, and all its formats."""
     family = detection.family
-    known = set(split_runtimes(family, detection.model_type))
+    known = set(family.split_runtimes(detection.model_type))
     if form == "fused":
         known = set.intersection(*(set(family.fused_runtimes.get(f, ())) for f in of_experts))
     linears = [name for name in formats if name not in of_experts]

@@ -9,7 +9,6 @@ from ..dialects import DIALECTS, dialect_for
 from ..formats import FORMATS, QuantFormat
 from ..formats.fitting import tensor_parallel_sizes
 from ..layouts import CHECKS, FAMILIES, LAYOUTS, SPLIT, UNSUPPORTED, Family
-from ..planning.expert_form import split_runtimes
 from .text import table
 
 _EXAMPLE = 768  # experts of Qwen3-30B-A3B
@@ -168,7 +167,7 @@ def _row(family: Family) -> dict[str, Any]:
         "read": read,
         "written": split,
         "widths": family.widths,
-        "loads_in": {name: list(split_runtimes(family, name)) for name in family.model_types},
+        "loads_in": {name: list(family.split_runtimes(name)) for name in family.model_types},
         "fused_loads_in": {name: list(found) for name, found in family.fused_runtimes.items()},
         "note": family.instead,
         "checked": family.checked,
@@ -179,7 +178,7 @@ def _by_runtimes(family: Family) -> list[tuple[str, tuple[str, ...]]]:
     """Loaders of the split form; with the model types where these differ."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for model_type in family.model_types:
-        groups.setdefault(split_runtimes(family, model_type), []).append(model_type)
+        groups.setdefault(family.split_runtimes(model_type), []).append(model_type)
     if len(groups) == 1:
         return [("", next(iter(groups)))]
     return [(f": {', '.join(names)}", runtimes) for runtimes, names in groups.items()]

@@ -18,33 +18,37 @@ from ..errors import CheckpointError, Problems, show, show_some
 from ..formats import Part, find_format, without_input_scale
 from .checkpoint import Source
 from .declared import Declared, declarations
-from .encodings import ENCODINGS, SCALE_ENDINGS, Encoding
+from .encodings import (
+    CODE_DTYPES,
+    ENCODINGS,
+    INPUT_NAMES,
+    REFUSED_ENDINGS,
+    SCALE_ENDINGS,
+    SHAPE_ENDINGS,
+    Encoding,
+)
 from .headers import TensorInfo
 from .packings import name_of_packing
 from .stored import Encoded, Read, plain
 
 __all__ = ["Found", "Weights", "find_weights", "weights_in", "weights_of"]
 
-_CODES = frozenset({"F8_E4M3", "U8", "I8", "I32"})
-_CODE_ENDINGS = ("weight_packed", "_proj_packed", "weight_blocks", "_proj_blocks")
-
-_REFUSED_ENDINGS = ("_zero_point", "_g_idx")
-_SHAPE_ENDING = "_shape"
-# What may lie beside codes, by their own ending: after the name of their weight ...
+_CODE_ENDINGS = tuple(
+    f"{weight}{of.ending}" for of in ENCODINGS if of.ending for weight in ("weight", "_proj")
+)
+# What may lie beside codes, by their own ending, after the name of their weight.
 _BESIDE = {
     of.ending: tuple(
         dict.fromkeys(
             (
                 *(scale.ending for e in ENCODINGS if e.ending == of.ending for scale in e.scales),
-                *_REFUSED_ENDINGS,
-                _SHAPE_ENDING,
+                *REFUSED_ENDINGS,
+                *SHAPE_ENDINGS,
             )
         )
     )
     for of in ENCODINGS
 }
-# ... and after that of its module.
-_INPUT_ENDINGS = ("input_scale", "input_global_scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +239,7 @@ class _Finder:
         unread: list[tuple[TensorInfo, str]] = []
         twice: list[tuple[str, str]] = []
         for info in tensors.values():
-            stem = _stem(info) if info.dtype in _CODES else None
+            stem = _stem(info) if info.dtype in CODE_DTYPES else None
             if stem is None:
                 continue
             stored = self._find(info, stem)
@@ -265,7 +269,7 @@ class _Finder:
                 beside[ending] = info
         if stem.endswith("weight"):
             module = stem.removesuffix("weight")
-            for ending in _INPUT_ENDINGS:
+            for ending in INPUT_NAMES:
                 if (info := self._tensors.get(module + ending)) is not None:
                     beside[ending] = info
         looks = [(ending, info.dtype, info.shape) for ending, info in beside.items()]
@@ -305,7 +309,7 @@ def _is_weight(info: TensorInfo) -> bool:
 
 def _kind_of(codes: TensorInfo, stem: str, beside: Mapping[str, TensorInfo]) -> _Kind | None:
     """How the weight of these codes is stored; None if it cannot be read."""
-    if any(ending in beside for ending in _REFUSED_ENDINGS):
+    if any(ending in beside for ending in REFUSED_ENDINGS):
         return None
     for encoding in ENCODINGS:
         if codes.name == stem + encoding.ending and encoding.fits(codes, beside):
@@ -319,7 +323,7 @@ def _kind_in(encoding: Encoding, codes: TensorInfo, beside: Mapping[str, TensorI
     parts += [scale.part(beside[scale.ending].dtype) for scale in encoding.scales]
     scales = [scale.ending for scale in encoding.scales]
     number_format = encoding.format
-    inputs = [ending for ending in _INPUT_ENDINGS if ending in beside]
+    inputs = [ending for ending in INPUT_NAMES if ending in beside]
     first = beside[inputs[0]] if inputs else None
     is_number = first is not None and first.dtype in FLOATS and prod(first.shape) == 1
     if find_format(number_format).input_scale and first is not None and is_number:
@@ -333,7 +337,7 @@ def _kind_in(encoding: Encoding, codes: TensorInfo, beside: Mapping[str, TensorI
         encoded=Encoded(number_format, tuple(parts), encoding.inverse),
         shape=(*lead, n, k),
         scales=tuple(scales),
-        others=tuple(ending for ending in (_SHAPE_ENDING, *inputs) if ending in beside),
+        others=tuple(ending for ending in (*SHAPE_ENDINGS, *inputs) if ending in beside),
         part_nbytes=tuple(nbytes_of(part.dtype, part.shape(n, k)) for part in parts),
     )
 
@@ -341,7 +345,7 @@ def _kind_in(encoding: Encoding, codes: TensorInfo, beside: Mapping[str, TensorI
 def _why_not(info: TensorInfo, stem: str, tensors: Mapping[str, TensorInfo]) -> str:
     """What a weight of codes lacks."""
     what = f"{info.name} {info.dtype} {list(info.shape)}"
-    for ending in ("_zero_point", "_g_idx"):
+    for ending in REFUSED_ENDINGS:
         if f"{stem}{ending}" in tensors:
             return f"{what} has {ending[1:]}: only symmetric groups in order can be read"
     endings = sorted({s.ending for e in ENCODINGS for s in e.scales} | {"_weight_scale"})

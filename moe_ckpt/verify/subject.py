@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..dialects import dialect_that_writes
 from ..errors import CheckpointError, InputError, OutputRefusedError, show
 from ..layouts import Detection, detect
 from ..output.journal import JOURNAL, PRIVATE, Journal, read_journal
@@ -27,9 +28,6 @@ from .findings import Findings
 __all__ = ["Subject", "open_subject"]
 
 _CAP_NBYTES = 100_000_000
-
-# Our dialects by the quant_method that their config names.
-_DIALECTS = {"modelopt": "modelopt", "compressed-tensors": "compressed-tensors", "fp8": "fp8"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,8 @@ class Subject:
     @cached_property
     def dialect(self) -> str | None:
         """The name of the dialect that config.json speaks; None if it is none of ours."""
-        return _DIALECTS.get(self.said[0].method) if self.said else None
+        dialect = dialect_that_writes(self.said[0].method) if self.said else None
+        return dialect.name if dialect else None
 
 
 def open_subject(

@@ -131,6 +131,14 @@ def test_no_model_type_is_in_two_rows():
     assert len(types) == len(set(types))
 
 
+def test_tensorrt_llm_has_model_types_of_the_rows_that_say_so():
+    for family in FAMILIES:
+        assert {*family.in_tensorrt_llm} <= {*family.model_types}, family.name
+        for model_type in family.model_types:
+            has_it = "TensorRT-LLM" in family.split_runtimes(model_type)
+            assert has_it == (model_type in family.in_tensorrt_llm)
+
+
 # Below: one small fused checkpoint, changed in one way each.
 
 E, I, H = 4, 24, 64

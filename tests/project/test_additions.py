@@ -52,7 +52,7 @@ class Copy:
                 path.parent.mkdir(exist_ok=True)
                 path.write_text(text)
                 continue
-            row = textwrap.indent(text, "    ")
+            row = textwrap.indent(f"{text.rstrip()},\n", "    ")
             after, count = re.subn(
                 rf"^{table}\b[^\n]*= \(\n",
                 lambda match, row=row: match[0] + row,

@@ -154,7 +154,7 @@ def _trtllm(ignore: Sequence[str], targets: Mapping[str, str]) -> Reader:
     """Its rule for one group: as for ModelOpt's list, and expressions for whole names."""
     by_name = trtllm([entry for entry in ignore if not entry.startswith("re:")])
     whole = [_compiled(entry[3:]) for entry in ignore if entry.startswith("re:")]
-    only = next(iter(targets.values()))
+    only = next(iter(targets.values()), None)
     excluded: Callable[[Built], bool] = lambda module: (  # noqa: E731
         by_name(module.name, module.linears)
         or any(expression.fullmatch(name) for expression in whole for name in module.linears)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 
 from ...dialects.matching import Built, UndecidedError, built_modules
+from ...dialects.methods import METHODS
 from ...dialects.read import Reading, read_config
 from ...errors import show, show_some
 from ...formats import FORMATS, UNQUANTIZED
@@ -16,9 +17,9 @@ from ..findings import Findings, Runtime
 from ..inventory import Inventory, Module
 from ..subject import Subject
 from ..values.scale_values import GATE_UP
+from .agreement import check_kv_cache, check_single_experts, check_two_files
 from .inputs import check_inputs
 from .verdicts import runtimes_of
-from .words import check_kv_cache, check_single_experts, check_two_files
 
 __all__ = ["built_from", "check_config"]
 
@@ -85,7 +86,7 @@ def _check(
                 "runtimes take the codes for weights, or stop where the shapes do not fit",
             )
         return {runtime for runtime in loading if quantized}
-    readings = {said.where: read_config(said) for said in subject.said}
+    readings = {said.where: read_config(said.method, said.said) for said in subject.said}
     for where, reading in readings.items():
         for problem in reading.problems:
             findings.add("config", show(where), problem, _WORDS)
@@ -238,7 +239,8 @@ def _is_plain_anyway(
     runtime: str, method: str, name: str, model_type: str, reading: Reading
 ) -> bool:
     """Whether a runtime builds a module in 16 bits, whatever the configuration says."""
-    if method not in ("fp8", "fbgemm_fp8", "mxfp8"):
+    known = METHODS.get(method)
+    if known is None or not known.has_plain_head:
         return False
     if name.rpartition(".")[2] == _HEAD:
         # transformers leaves it out itself if there is no list.

@@ -8,12 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from ...formats import without_input_scale
 from ...layouts.roles import set_aside
 from ...layouts.sizes import sizes_of
+from ...source.encodings import input_name_of
 from ..inventory import Inventory, Module
 from ..subject import Subject
 
 __all__ = ["experts_problems"]
-
-_INPUTS = ("input_scale", "input_global_scale")
 
 
 def experts_problems(subject: Subject, inventory: Inventory) -> Iterator[tuple[str, str]]:
@@ -83,7 +82,7 @@ def _unlike(split: Iterable[Mapping[str, Module]]) -> Iterator[tuple[str, str]]:
                 )
             elif _form(module) != form:
                 gone = module.format == without_input_scale(form[0]) != form[0]
-                scale = _input_name(module)
+                scale = input_name_of(module.what)
                 if gone or (form[1] and not _form(module)[1]):
                     yield f"{module.name}.{scale}", "is missing; the other experts have one"
                 else:
@@ -95,8 +94,3 @@ def _unlike(split: Iterable[Mapping[str, Module]]) -> Iterator[tuple[str, str]]:
 
 def _form(module: Module) -> tuple[str, bool]:
     return module.format, module.tensor("input_scale") is not None
-
-
-def _input_name(module: Module) -> str:
-    """What its activation scale is called."""
-    return _INPUTS["compressed-tensors" in module.what and "NVFP4" in module.what]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from ...dialects.modelopt.table import algorithm_named
 from ...dialects.reading import Reading
 from ...errors import show, show_some
 from ...planning.kv_cache import KV_SCALES
@@ -14,14 +15,6 @@ from ..inventory import Inventory, expert_of
 from ..subject import Subject
 
 __all__ = ["check_kv_cache", "check_single_experts", "check_two_files"]
-
-# What vLLM wants of the file, where it goes by it.
-_KEYS_BESIDE = {
-    **dict.fromkeys(
-        ("NVFP4", "W4A16_NVFP4"), ("group_size", "kv_cache_quant_algo", "exclude_modules")
-    ),
-    "MXFP8": ("kv_cache_quant_algo", "exclude_modules"),
-}
 
 _TWO_FILES = (
     "TensorRT-LLM goes by hf_quant_config.json, vLLM and SGLang by config.json: one is wrong"
@@ -43,9 +36,10 @@ def check_two_files(subject: Subject, readings: Mapping[str, Reading], findings:
         )
         return
     one, other = readings[config.where], readings[HF_QUANT_CONFIG]
+    algorithm = algorithm_named(beside.said.get("quant_algo"))
     differences = [
         f'has no "{key}", which vLLM wants there'
-        for key in _KEYS_BESIDE.get(str(beside.said.get("quant_algo")).upper(), ())
+        for key in (algorithm.keys_beside if algorithm else ())
         if key not in beside.said
     ]
     algos = [str(said.said.get("quant_algo", "")).upper() for said in (config, beside)]
