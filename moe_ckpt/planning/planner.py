@@ -16,7 +16,7 @@ from math import prod
 from typing import Unpack
 
 from ..dialects import Dialect, dialect_for
-from ..errors import LayoutError, Problems, UsageError, show, show_some
+from ..errors import LayoutError, Problems, RecipeError, UsageError, show, show_some
 from ..formats import UNQUANTIZED, find_format
 from ..layouts import Detection, Given, detect
 from ..limits import parse_size
@@ -31,7 +31,7 @@ from .expert_form import form_of_experts, runtime_warnings, runtimes_of_output
 from .kv_cache import KV_SCALES, kv_cache_units, scale_name
 from .options import Options, PlanOptions
 from .provenance import origin_of
-from .recipe import RECIPE_FILE, Recipe, recipe_text
+from .recipe import KEEP, RECIPE_FILE, Recipe, recipe_text
 from .shards import Unit, pack
 from .stats import Stats, read_stats
 from .units import UnitMaker
@@ -118,6 +118,7 @@ class _Planner:
         self.problems = Problems()
 
     def plan(self, stats: Stats | None, weight_amax: Mapping[str, float]) -> Plan:
+        """The plan, from statistics and weight amax; raises `InputError` with all problems."""
         source, detection, problems = self.source, self.detection, self.problems
         calibration = None
         kv_cache = self.asked.kv_cache == "fp8"
@@ -125,6 +126,12 @@ class _Planner:
             calibration = Calibration(stats, detection, self.asked.missing_stats == "constant")
         wishes = formats_of_experts(detection, self.recipe, problems)
         choice = choose(self.weights.tensors, detection, self.recipe, problems)
+        if not choice.linears and set(wishes) == {KEEP}:
+            problems.add(
+                RecipeError,
+                f"{self.recipe.file}: keeps all that can be quantized in this model, and nothing is "
+                "left to do; let fewer modules match the rules that say keep",
+            )
         problems.check()
         assigned = assign(
             source.config,

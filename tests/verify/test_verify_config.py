@@ -531,19 +531,3 @@ def test_experts_that_lack_nothing_beside_linear_layers_that_do(tmp_path):
             device="cpu",
         )
     assert ".experts." not in str(error.value)
-
-
-@pytest.mark.parametrize("dialect", ["modelopt", "compressed-tensors"])
-def test_a_recipe_that_keeps_everything_says_so(tmp_path, dialect):
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(
-        '[[rule]]\nmatch = "model.layers.*"\nformat = "keep"\n'
-        '[[rule]]\nmatch = "*.experts.*"\nformat = "nvfp4"\n'
-        '[[rule]]\nmatch = "*.self_attn.*"\nformat = "fp8-tensor"\n'
-    )
-    source = FIXTURES / "qwen3_moe" / "source"
-    stats = [FIXTURES / "qwen3_moe" / "stats.json"]
-    with pytest.raises(moe_ckpt.VerifyError, match="says that weights are quantized, and none is"):
-        moe_ckpt.convert(
-            source, tmp_path / "out", recipe=recipe, dialect=dialect, stats=stats, device="cpu"
-        )
