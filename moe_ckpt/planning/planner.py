@@ -129,8 +129,8 @@ class _Planner:
         if not choice.linears and set(wishes) == {KEEP}:
             problems.add(
                 RecipeError,
-                f"{self.recipe.file}: keeps all that can be quantized in this model, and nothing is "
-                "left to do; let fewer modules match the rules that say keep",
+                f"{self.recipe.file}: keeps all that can be quantized in this model, so that "
+                "nothing is left to do; let fewer modules match the rules that say keep",
             )
         problems.check()
         assigned = assign(
