@@ -35,8 +35,8 @@ class QuantMethod:
     ``read``: adds what runtimes make of a configuration to a `Reading`.
     ``names``: what runtimes know it by, where that is more than its name.
     ``why_not``: why a runtime reads no format so.
-    ``has_plain_head``: whether runtimes build output head and routers in 16 bits, listed or not;
-        but for transformers, which does without a list.
+    ``has_plain_head``: whether runtimes build the output head, and some families' routers, in 16
+        bits even if they are not listed.
     ``source_problems``: what a configuration says of ways to quantize that no source is read of.
     ``describes``: whether a configuration can mean a format of the method.
     """

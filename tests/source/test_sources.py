@@ -22,7 +22,7 @@ from moe_ckpt.errors import MoeCkptError
 from moe_ckpt.formats import find_format
 from moe_ckpt.source.checkpoint import Source
 from moe_ckpt.source.headers import TensorInfo
-from moe_ckpt.source.weights import weights_of
+from moe_ckpt.source.weights import find_weights, weights_of
 from moe_ckpt.work.batches import Budget
 
 ATTENTION = "model.layers.0.self_attn"
@@ -1140,3 +1140,22 @@ def test_no_header_makes_it_fail_otherwise(tmp_path_factory, tensors, said):
     for name in weights.tensors:
         weights.reads(name)
         assert weights.encoded(name).parts
+
+
+@pytest.mark.parametrize(
+    ("shape", "scales", "what"),
+    [
+        ((128, 128), {"_scale": ("F32", (1, 1))}, "FP8 per tensor"),
+        ((1, 256), {"_scale": ("F32", (1,))}, "FP8 per tensor"),
+        ((2, 256), {"_scale": ("F32", (2,))}, "FP8 per channel"),
+        ((2, 256), {"_scale": ("F32", (1, 2))}, "FP8 in blocks"),
+        ((1, 32), {"_scale_inv": ("F8_E8M0", (1, 1))}, "FP8 in blocks"),
+        ((2, 32), {"_scale_inv": ("F8_E8M0", (2, 1))}, "MXFP8"),
+        ((2, 64), {"_scale": ("F32", ()), "_scale_inv": ("U8", (2, 2))}, "MXFP8"),
+    ],
+)
+def test_scales_of_small_matrices_are_of_the_coarsest_kind_that_fits(shape, scales, what):
+    infos = [TensorInfo("m.weight", "F8_E4M3", shape, "s", 0, 0)]
+    infos += [TensorInfo(f"m.weight{end}", *scale, "s", 0, 0) for end, scale in scales.items()]
+    found = find_weights({info.name: info for info in infos})
+    assert [stored.kind.name for stored in found.stored.values()] == [what]
