@@ -61,30 +61,29 @@ class QuantMethod:
         return weights in sources and self.describes(said, format_name)
 
 
-METHODS: Mapping[str, QuantMethod] = {
-    method.name: method
-    for method in (
-        QuantMethod("fp8", FP8, read_fp8, has_plain_head=True),
-        QuantMethod("fbgemm_fp8", [CHANNEL], read_fbgemm, has_plain_head=True),
-        QuantMethod("mxfp8", [MXFP8], read_mxfp8, has_plain_head=True),
-        QuantMethod("mxfp4", [GPT_OSS], read_mxfp4),
-        QuantMethod(
-            "modelopt",
-            MODELOPT,
-            read_modelopt,
-            names=METHOD_NAMES,
-            why_not={
-                TRANSFORMERS: "it knows no quant_method modelopt: it warns, and takes the codes "
-                "for weights"
-            },
-            source_problems=unread_algorithms,
-        ),
-        QuantMethod(
-            "compressed-tensors",
-            COMPRESSED,
-            read_compressed,
-            source_problems=unread_schemes,
-            describes=describes,
-        ),
-    )
-}
+_METHODS: tuple[QuantMethod, ...] = (
+    QuantMethod("fp8", FP8, read_fp8, has_plain_head=True),
+    QuantMethod("fbgemm_fp8", [CHANNEL], read_fbgemm, has_plain_head=True),
+    QuantMethod("mxfp8", [MXFP8], read_mxfp8, has_plain_head=True),
+    QuantMethod("mxfp4", [GPT_OSS], read_mxfp4),
+    QuantMethod(
+        "modelopt",
+        MODELOPT,
+        read_modelopt,
+        names=METHOD_NAMES,
+        why_not={
+            TRANSFORMERS: "it knows no quant_method modelopt: it warns, and takes the codes "
+            "for weights"
+        },
+        source_problems=unread_algorithms,
+    ),
+    QuantMethod(
+        "compressed-tensors",
+        COMPRESSED,
+        read_compressed,
+        source_problems=unread_schemes,
+        describes=describes,
+    ),
+)
+
+METHODS: Mapping[str, QuantMethod] = {method.name: method for method in _METHODS}
