@@ -31,7 +31,9 @@ def cli() -> None:
 @click.argument("out_dir", metavar="OUT", callback=named)
 @plan_options()
 @limit_options
-@click.option("--overwrite", is_flag=True, help="Remove an earlier conversion in OUT, start anew.")
+@click.option(
+    "--overwrite", is_flag=True, help="Remove an earlier conversion in OUT and start over."
+)
 @click.option(
     "--trust-journal",
     is_flag=True,

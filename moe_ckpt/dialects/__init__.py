@@ -28,7 +28,8 @@ DIALECTS: tuple[Dialect, ...] = (
     plain.DIALECT,
 )
 
-# The dialect of a format that most runtimes read, and transformers among them where it can. For
+# The dialect of a format that most runtimes read, and transformers among them where it can, if it
+# is not the first of the list that writes it. For
 # mxfp8 that is ModelOpt's: vLLM and TensorRT-LLM read it; compressed-tensors' is vLLM's alone.
 _DEFAULTS = {
     **dict.fromkeys(("nvfp4", "nvfp4-w4a16", "fp8-tensor", "mxfp8"), modelopt.DIALECT),
@@ -72,8 +73,8 @@ def dialect_for(formats: Sequence[str], wanted: str | None = None) -> Dialect:
                 f"dialect {wanted} does not write {' with '.join(asked)}: {reason}{_instead(asked)}"
             )
         return dialect
-    if len(asked) == 1:
-        return _DEFAULTS.get(asked[0], compressed_tensors.DIALECT)
+    if len(asked) == 1 and asked[0] in _DEFAULTS:
+        return _DEFAULTS[asked[0]]
     for dialect in DIALECTS:
         if not _refusal(dialect, asked):
             return dialect
@@ -94,7 +95,7 @@ def runtimes_of_spelling(
     known = [dialect.spellings[name].runtimes for name in (*experts, *linears)]
     theirs = {name for name in experts if name != UNQUANTIZED}
     taken = theirs or {name for name in linears if name != UNQUANTIZED}
-    packed = any(dialect.spellings[n].suffixes["qweight"] == "weight_packed" for n in taken)
+    packed = any(dialect.spellings[n].is_packed for n in taken)
     unread = len(theirs) > 1 or (packed and UNQUANTIZED in experts)
     return tuple(
         name

@@ -1,4 +1,4 @@
-"""The source's config.json, without what it says about quantization."""
+"""The configuration files, and the source's config.json without what it says of quantization."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["as_text", "with_quantization", "without_quantization"]
+__all__ = ["CONFIG", "HF_QUANT_CONFIG", "as_text", "with_quantization", "without_quantization"]
+
+CONFIG = "config.json"
+HF_QUANT_CONFIG = "hf_quant_config.json"  # ModelOpt's, which TensorRT-LLM reads
 
 _KEYS = frozenset({"quantization_config", "compression_config"})
 

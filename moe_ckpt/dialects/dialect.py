@@ -9,7 +9,10 @@ from typing import Any
 from ..formats import UNQUANTIZED
 
 __all__ = ["Assignment", "Dialect", "QuantizedExperts", "Spelling"]
-__all__ += ["plain_spelling", "refused", "written"]
+__all__ += ["COMPRESSED_TENSORS", "FP8", "MODELOPT", "plain_spelling", "refused", "written"]
+
+# The ``quant_method``s that are written here; each is the name of its dialect.
+MODELOPT, COMPRESSED_TENSORS, FP8 = "modelopt", "compressed-tensors", "fp8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,11 @@ class Spelling:
     inverse: frozenset[str] = frozenset()
     shape_suffix: str = ""
     scale_dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether several codes share an item, and the name of their tensor says so."""
+        return self.suffixes["qweight"].endswith("_packed")
 
 
 def plain_spelling(runtimes: tuple[str, ...]) -> Spelling:

@@ -13,14 +13,14 @@ from typing import Any
 from ..formats import find_format
 from ..runtimes import TRANSFORMERS
 from .compressed_tensors.read import describes, read_compressed, unread_schemes
-from .compressed_tensors.table import SPELLINGS as COMPRESSED
-from .dialect import Spelling
+from .compressed_tensors.table import SPELLINGS as OF_COMPRESSED_TENSORS
+from .dialect import COMPRESSED_TENSORS, FP8, MODELOPT, Spelling
 from .fp8.read import read_fp8
 from .fp8.table import CHANNEL, MXFP8
-from .fp8.table import SPELLINGS as FP8
+from .fp8.table import SPELLINGS as OF_FP8
 from .modelopt.read import read_modelopt, unread_algorithms
 from .modelopt.table import METHOD_NAMES
-from .modelopt.table import SPELLINGS as MODELOPT
+from .modelopt.table import SPELLINGS as OF_MODELOPT
 from .others import GPT_OSS, read_fbgemm, read_mxfp4, read_mxfp8
 from .reading import Reading
 
@@ -62,13 +62,13 @@ class QuantMethod:
 
 
 _METHODS: tuple[QuantMethod, ...] = (
-    QuantMethod("fp8", FP8, read_fp8, has_plain_head=True),
+    QuantMethod(FP8, OF_FP8, read_fp8, has_plain_head=True),
     QuantMethod("fbgemm_fp8", [CHANNEL], read_fbgemm, has_plain_head=True),
     QuantMethod("mxfp8", [MXFP8], read_mxfp8, has_plain_head=True),
     QuantMethod("mxfp4", [GPT_OSS], read_mxfp4),
     QuantMethod(
-        "modelopt",
         MODELOPT,
+        OF_MODELOPT,
         read_modelopt,
         names=METHOD_NAMES,
         why_not={
@@ -78,8 +78,8 @@ _METHODS: tuple[QuantMethod, ...] = (
         source_problems=unread_algorithms,
     ),
     QuantMethod(
-        "compressed-tensors",
-        COMPRESSED,
+        COMPRESSED_TENSORS,
+        OF_COMPRESSED_TENSORS,
         read_compressed,
         source_problems=unread_schemes,
         describes=describes,

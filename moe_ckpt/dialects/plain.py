@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..runtimes import RUNTIMES
-from .config import with_quantization
+from .config import CONFIG, with_quantization
 from .dialect import Assignment, Dialect, plain_spelling, written
 
 __all__ = ["DIALECT"]
@@ -14,7 +14,7 @@ __all__ = ["DIALECT"]
 
 def config_files(config: Mapping[str, Any], _assignment: Assignment) -> dict[str, str]:
     """The text of config.json, which says nothing of quantization."""
-    return {"config.json": with_quantization(config, None)}
+    return {CONFIG: with_quantization(config, None)}
 
 
 DIALECT = Dialect(

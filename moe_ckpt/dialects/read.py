@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import show
+from .dialect import COMPRESSED_TENSORS
 from .methods import METHODS
 from .reading import Reading
 
@@ -38,7 +39,7 @@ def _check_kv_cache(said: Mapping[str, Any], method: str, reading: Reading) -> N
     if scheme is None:
         return
     number = (scheme.get("num_bits"), scheme.get("type")) if isinstance(scheme, dict) else ()
-    if not number or (method == "compressed-tensors" and number != (8, "float")):
+    if not number or (method == COMPRESSED_TENSORS and number != (8, "float")):
         reading.problems.append(
             f"kv_cache_scheme is {show(scheme)}; expected numbers of 8 bits, type float, or null"
         )

@@ -6,8 +6,8 @@ A row says, without torch, which tensors a quantized matrix becomes; its module 
 
 from __future__ import annotations
 
-from .format import UNQUANTIZED, WHOLE_ROW, Codec, Codes, Part, QuantFormat
+from .format import UNQUANTIZED, WHOLE_ROW, Cast, Codec, Codes, Part, QuantFormat
 from .table import DEFAULT_FORMAT, FORMATS, find_format, without_input_scale
 
-__all__ = ["DEFAULT_FORMAT", "FORMATS", "UNQUANTIZED", "WHOLE_ROW", "Codec", "Codes", "Part"]
-__all__ += ["QuantFormat", "find_format", "without_input_scale"]
+__all__ = ["DEFAULT_FORMAT", "FORMATS", "UNQUANTIZED", "WHOLE_ROW", "Cast", "Codec", "Codes"]
+__all__ += ["Part", "QuantFormat", "find_format", "without_input_scale"]

@@ -6,7 +6,7 @@ import torch
 
 from .scratch import Scratch
 
-__all__ = ["abs_max", "scale_of"]
+__all__ = ["abs_max", "block_scale_of"]
 
 _INT_OF_SIZE = {2: (torch.int16, 0x7FFF), 4: (torch.int32, 0x7FFFFFFF)}
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
@@ -34,7 +34,7 @@ def abs_max(values: torch.Tensor, scratch: Scratch | None = None, dim: int = -1)
     return magnitude.amax(dim).view(values.dtype).float()
 
 
-def scale_of(amax: torch.Tensor, largest: float) -> torch.Tensor:
+def block_scale_of(amax: torch.Tensor, largest: float) -> torch.Tensor:
     """The float32 amax / largest: 1.0 where amax is 0, and at least the smallest normal number."""
     # By a tensor: CUDA divides by a Python number as a product with its rounded reciprocal
     # (BinaryDivTrueKernel.cu), and so can miss the last bit.

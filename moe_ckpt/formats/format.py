@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..dtypes import nbytes_of
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from .scratch import Scratch
 
-__all__ = ["UNQUANTIZED", "WHOLE_ROW", "Codec", "Codes", "Part", "QuantFormat"]
+__all__ = ["UNQUANTIZED", "WHOLE_ROW", "Cast", "Codec", "Codes", "Part", "QuantFormat"]
 
 # The format of weights that are not quantized, whatever their dtype.
 UNQUANTIZED = "bf16"
@@ -91,7 +93,8 @@ class QuantFormat:
     ``input_scale``: each matrix carries a static activation scale.
     ``constant_input_scale``: without statistics, 1.0 is an accepted activation scale.
     ``same_weights_as``: the format that differs from this one in the activations only.
-    ``exact_from``: formats whose weights this one can hold as they are.
+    ``exact_from``: formats whose weights this one can hold as they are, each with the module of
+    this folder that casts them.
     ``keeps_dtype_of``: the part that keeps the dtype it has in a source of the same weights.
     ``shares_dense_amax``: linear layers that read the same input (q/k/v, gate/up) share one
     weight amax, for runtimes keep one scale. The experts' gate and up share theirs in every
@@ -116,7 +119,7 @@ class QuantFormat:
     input_scale: bool = False
     constant_input_scale: bool = False
     same_weights_as: str = ""
-    exact_from: tuple[str, ...] = ()
+    exact_from: tuple[tuple[str, str], ...] = ()
     keeps_dtype_of: str = ""
     shares_dense_amax: bool = False
     largest: float = 0.0
@@ -152,13 +155,41 @@ class QuantFormat:
 
     def holds(self, source: QuantFormat) -> bool:
         """Whether weights of a source's format become this one without being rounded anew."""
-        return source.weights == self.weights or source.weights in self.exact_from
+        return source.weights == self.weights or source.weights in dict(self.exact_from)
+
+    def cast_from(self, source: QuantFormat) -> Cast | None:
+        """What brings weights of a source's format to this one; None if their parts stay."""
+        module = dict(self.exact_from).get(source.weights)
+        cast: Cast | None = import_module(f".{module}", __package__) if module else None
+        return cast
 
     def codec(self) -> Codec:
         """The arithmetic; imports torch."""
         module = import_module(f".{self.module}", __package__)
         codec: Codec = module.of_group(self.group) if self.group else module
         return codec
+
+
+class Cast(Protocol):
+    """What a module provides that keeps codes and changes their scales, for B matrices.
+
+    The largest exponent of a matrix decides its global scale; matrices that share one need the
+    largest of theirs.
+    """
+
+    def max_exponent(self, parts: Mapping[str, NDArray[Any]]) -> NDArray[np.int32]:
+        """The largest exponent of each matrix, int32 [B]."""
+
+    def global_scale(self, exponent_max_B: NDArray[np.int32]) -> NDArray[np.float32]:
+        """The global scale for largest exponents, float32 [B]."""
+
+    def cast(
+        self,
+        parts: Mapping[str, NDArray[Any]],
+        exponent_max_B: NDArray[np.int32],
+        out: Mapping[str, NDArray[Any]],
+    ) -> int:
+        """Put the parts with rows into ``out``; returns how many blocks are not exact."""
 
 
 class Codec(Protocol):

@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import pad
 
 from . import e4m3
-from .amax import abs_max, scale_of
+from .amax import abs_max, block_scale_of
 from .scratch import Scratch, placed
 
 __all__ = ["BLOCK", "dequantize", "quantize"]
@@ -58,7 +58,7 @@ def quantize(
     scaled.copy_(weight_BNK)
     tiles = _tiles(padded)
     amax = abs_max(_tiles(weight_BNK) if whole else tiles, scratch).amax(2)
-    block_scale = scale_of(amax, e4m3.MAX)
+    block_scale = block_scale_of(amax, e4m3.MAX)
     tiles /= block_scale[:, :, None, :, None]
     padded.clamp_(-e4m3.MAX, e4m3.MAX)
     return {

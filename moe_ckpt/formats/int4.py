@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .amax import abs_max, scale_of
+from .amax import abs_max, block_scale_of
 from .scratch import Scratch, placed
 
 __all__ = ["Int4", "of_group"]
@@ -49,7 +49,7 @@ class Int4:
         B, N, K = weight_BNK.shape
         groups = weight_BNK.view(B, N, K // self.group, self.group)
         limits = torch.finfo(out["block_scale"].dtype if out else torch.bfloat16)
-        scale = scale_of(abs_max(groups, scratch), 7.5)
+        scale = block_scale_of(abs_max(groups, scratch), 7.5)
         scale.clamp_(limits.smallest_normal * limits.eps, limits.max)  # matters for fp16 only
         block_scale = placed(out, "block_scale", scale, torch.bfloat16)
         scaled = scratch.empty("scaled", tuple(groups.shape), torch.float32).copy_(groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..errors import UsageError
+from . import e4m3
 from .format import UNQUANTIZED, WHOLE_ROW, Codes, Part, QuantFormat
 
 __all__ = ["DEFAULT_FORMAT", "FORMATS", "find_format", "without_input_scale"]
@@ -10,7 +11,7 @@ __all__ = ["DEFAULT_FORMAT", "FORMATS", "find_format", "without_input_scale"]
 DEFAULT_FORMAT = "nvfp4"
 
 _E2M1 = Codes(0x22, 6.0, 1, 0, 10.0)
-_E4M3 = Codes(0x38, 448.0, 3, -6, 20.0)
+_E4M3 = Codes(0x38, e4m3.MAX, 3, -6, 20.0)
 # Integers have the same step at all magnitudes, so that one large weight can drown the others.
 _INT4 = Codes(0x99, 7.0, 0, 0, 4.0, is_integer=True)
 _INT8 = Codes(0x01, 127.0, 0, 0, 10.0, is_integer=True)
@@ -50,11 +51,11 @@ FORMATS: tuple[QuantFormat, ...] = (
         k_multiple=16,
         parts=(*_NVFP4_PARTS, _INPUT_SCALE),
         codes=_E2M1,
-        exact_from=("mxfp4",),
+        exact_from=(("mxfp4", "nvfp4_from_mxfp4"),),
         input_scale=True,
         constant_input_scale=True,
         shares_dense_amax=True,
-        largest=6.0 * 448.0,
+        largest=6.0 * e4m3.MAX,
     ),
     QuantFormat(
         name="nvfp4-w4a16",
@@ -66,9 +67,9 @@ FORMATS: tuple[QuantFormat, ...] = (
         parts=_NVFP4_PARTS,
         codes=_E2M1,
         same_weights_as="nvfp4",
-        exact_from=("mxfp4",),
+        exact_from=(("mxfp4", "nvfp4_from_mxfp4"),),
         shares_dense_amax=True,
-        largest=6.0 * 448.0,
+        largest=6.0 * e4m3.MAX,
     ),
     QuantFormat(
         name="mxfp4",
@@ -104,7 +105,7 @@ FORMATS: tuple[QuantFormat, ...] = (
         k_multiple=1,
         parts=(Part("qweight", "F8_E4M3", 1), Part("channel_scale", "F32", WHOLE_ROW)),
         codes=_E4M3,
-        largest=448.0,
+        largest=e4m3.MAX,
         amax_of_rows=True,
     ),
     QuantFormat(
@@ -117,7 +118,7 @@ FORMATS: tuple[QuantFormat, ...] = (
         parts=(Part("qweight", "F8_E4M3", 1), Part("global_scale", "F32", 0), _INPUT_SCALE),
         codes=_E4M3,
         input_scale=True,
-        largest=448.0,
+        largest=e4m3.MAX,
     ),
     QuantFormat(
         name="mxfp8",

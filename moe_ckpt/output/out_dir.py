@@ -9,9 +9,10 @@ import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from ..dialects.config import CONFIG
 from ..errors import EnvironmentFaultError, OutputRefusedError, show, show_some
 from ..plan import Plan
-from ..source.checkpoint import CONFIG, INDEX
+from ..source.checkpoint import INDEX
 from .journal import JOURNAL, PRIVATE, Journal, Record, read_journal
 from .lock import LOCK, OWNER
 

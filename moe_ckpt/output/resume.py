@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from ..dialects.config import CONFIG
 from ..errors import OutputRefusedError, show, show_some
 from ..origin import differences
 from ..plan import Plan
-from ..source.checkpoint import CONFIG, INDEX
+from ..source.checkpoint import INDEX
 from ..source.files import file_sha256
 from ..texts import header_of, index_of
 from .journal import Head, Journal, Record, head_of

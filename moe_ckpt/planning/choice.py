@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..dtypes import CODES, FLOATS
 from ..errors import CheckpointError, Problems, RecipeError, show, show_some
 from ..layouts import Detection, Experts
+from ..layouts.places import expert_modules
 from ..layouts.roles import amax_groups, is_matrix, module_of, reason_to_keep, set_aside
 from ..source.headers import TensorInfo
 from .recipe import KEEP, Recipe
@@ -35,9 +36,8 @@ class Choice:
 def format_of_experts(found: Experts, recipe: Recipe, problems: Problems) -> str:
     """The format that the recipe gives to the routed experts of a layer, or "keep"."""
     formats: dict[str, str] = {}
-    for expert in range(found.first, found.first + found.num_experts):
-        for projection in found.projections:
-            name = f"{found.output}.{expert}.{projection}"
+    for expert in range(found.num_experts):
+        for name in (n for side in found.sides for n in expert_modules(found, side, expert)):
             formats.setdefault(recipe.format_of(name, found.output), name)
     if len(formats) > 1:
         each = [f"{name} {chosen}" for chosen, name in formats.items()]

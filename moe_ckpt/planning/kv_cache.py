@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from ..dialects import Dialect
 from ..errors import LayoutError, Problems, UsageError, show_some
+from ..formats.e4m3 import MAX as E4M3_MAX
 from ..layouts import Detection
 from ..layouts.roles import is_matrix, module_of, set_aside
 from ..plan import OutTensor
@@ -18,7 +19,6 @@ __all__ = ["KV_SCALES", "kv_cache_units", "scale_name"]
 
 KV_SCALES = (".k_scale", ".v_scale")
 
-_E4M3_MAX = 448.0
 _SMALLEST_NORMAL = 2.0**-126
 
 
@@ -75,7 +75,7 @@ def kv_cache_units(
         for projection, suffix in zip(("k_proj", "v_proj"), dialect.kv_scales, strict=True):
             source = f"{parent}.{projection}"
             amax = calibration.output_amax(source, detection.output_name(source), problems)
-            scale = max((amax or _E4M3_MAX) / _E4M3_MAX, _SMALLEST_NORMAL)
+            scale = max((amax or E4M3_MAX) / E4M3_MAX, _SMALLEST_NORMAL)
             tensor = OutTensor(f"{attention}.{suffix}", "F32", dialect.scalar_shape)
             units.append((name, ConstantUnit(tensor, struct.pack("<f", scale))))
     if not units:

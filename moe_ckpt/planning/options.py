@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, TypedDict
 
+from ..dialects import DIALECTS
 from ..errors import UsageError, show
 from ..formats import DEFAULT_FORMAT
 from ..layouts import LAYOUTS, ORDERS
@@ -120,7 +121,7 @@ class Options:
         default=None,
         metadata=_flag(
             "NAME",
-            "modelopt, compressed-tensors or fp8; what most runtimes load if not given.",
+            f"{', '.join(d.name for d in DIALECTS)}; what most runtimes load if not given.",
             record=lambda asked: asked.dialect or "",
         ),
     )
@@ -211,7 +212,7 @@ class Options:
     @property
     def stats_files(self) -> tuple[str, ...]:
         """The files of statistics."""
-        return tuple(os.fspath(file) for file in self.stats)
+        return self.files["--stats"]
 
     @property
     def decisions(self) -> dict[str, str]:
@@ -245,5 +246,8 @@ def flag_of(option: Field[Any]) -> Flag:
     '--kv-cache'
     """
     flag: Flag = option.metadata["flag"]
-    name = f"--{option.name.replace('_', '-')}"
-    return Flag(name, flag.metavar, flag.help, flag.choices, flag.is_file, flag.record)
+    return replace(flag, name=f"--{option.name.replace('_', '-')}")
+
+
+_TEXTS = (f"    {option.name}: {flag_of(option).help}" for option in fields(Options))
+Options.__doc__ = "\n".join([(Options.__doc__ or "").rstrip(), "", "    Attributes:", *_TEXTS])

@@ -21,7 +21,7 @@ from ..formats import UNQUANTIZED, find_format
 from ..layouts import Detection, Given, detect
 from ..limits import parse_size
 from ..plan import OutShard, Plan
-from ..source.checkpoint import Source, open_source
+from ..source.checkpoint import RECIPE_FILE, Source, open_source
 from ..source.weights import Weights, weights_of
 from .amax_file import read_amax
 from .assignment import Assigned, assign, formats_of_experts
@@ -31,7 +31,7 @@ from .expert_form import form_of_experts, runtime_warnings, runtimes_of_output
 from .kv_cache import KV_SCALES, kv_cache_units, scale_name
 from .options import Options, PlanOptions
 from .provenance import origin_of
-from .recipe import KEEP, RECIPE_FILE, Recipe, recipe_text
+from .recipe import KEEP, Recipe, recipe_text
 from .shards import Unit, pack
 from .stats import Stats, read_stats
 from .units import UnitMaker
@@ -298,8 +298,8 @@ class _Planner:
     def _stats_warnings(self, calibration: Calibration | None) -> tuple[str, ...]:
         if self._lacks_stats and not self._carries_input_scales:
             return (
-                "without --stats every quantized module gets input scale 1.0, whatever its "
-                "activations are; statistics of your data are more accurate",
+                "no statistics: every quantized module gets input scale 1.0, whatever its "
+                "activations are; statistics of your data (convert --stats) are more accurate",
             )
         return calibration.warnings(self.weights.tensors) if calibration else ()
 

@@ -39,7 +39,6 @@ from ..source.strict_json import show_value
 __all__ = [
     "KEEP",
     "QUANTIZE",
-    "RECIPE_FILE",
     "Recipe",
     "Rule",
     "built_in",
@@ -48,7 +47,6 @@ __all__ = [
 ]
 
 KEEP = "keep"
-RECIPE_FILE = "moe-ckpt-recipe.toml"  # in the output: what each module became
 QUANTIZE = ("experts", "linear")
 _CAP_NBYTES = 20_000_000
 _STRINGS = re.compile(rb"\"[^\"\n]*\"|'[^'\n]*'|#[^\n]*")

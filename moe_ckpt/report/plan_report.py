@@ -12,6 +12,7 @@ from ..formats import find_format
 from ..layouts import Experts
 from ..limits import Limits
 from ..plan import Plan
+from ..runtimes import TRANSFORMERS
 from ..words import count_of
 from ..work.batches import peak_nbytes
 from .text import size, table
@@ -92,7 +93,7 @@ def plan_lines(plan: Plan, limits: Limits | None = None) -> Iterator[str]:
     for name, count in plan.formats.items():
         yield f"Format    {name}: {count_of(count, 'matrix')}, {find_format(name).summary}"
     yield f"Dialect   {plan.dialect}: {find_dialect(plan.dialect).summary}"
-    elsewhere = "" if "transformers" in plan.runtimes else "; not in transformers"
+    elsewhere = "" if TRANSFORMERS in plan.runtimes else "; not in transformers"
     yield f"Loads in  {_list(plan.runtimes) or 'no runtime known'}{elsewhere}"
     yield ""
     rows = [

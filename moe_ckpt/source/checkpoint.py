@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..dialects.config import CONFIG, HF_QUANT_CONFIG
 from ..errors import CheckpointError, Problems, show, show_some
 from .files import read_failure, read_regular
 from .headers import Shard, TensorInfo, read_header
@@ -21,9 +22,9 @@ from .strict_json import parse_object, show_value, type_name
 __all__ = ["SideFile", "Source", "is_safe_shard_name", "open_source", "shards_in"]
 
 # What runtimes look for in a folder, in the source and in the output alike.
-CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+RECIPE_FILE = "moe-ckpt-recipe.toml"  # in our output: what each module became
 _CONFIG_CAP_NBYTES = 30_000_000
 _INDEX_CAP_NBYTES = 100_000_000
 
@@ -32,7 +33,7 @@ _OTHER_WEIGHTS = (
     ".bin .ckpt .gguf .h5 .mlmodel .msgpack .npy .npz .onnx .ot .pickle .pkl .pt .pth .safetensors"
 ).split()
 _SKIPPED_FOLDERS = {".cache", ".git", ".moe-ckpt", "original"}
-_REWRITTEN = {CONFIG, INDEX, "hf_quant_config.json", "moe-ckpt-recipe.toml"}
+_REWRITTEN = {CONFIG, INDEX, HF_QUANT_CONFIG, RECIPE_FILE}
 
 
 @dataclass(frozen=True, slots=True)

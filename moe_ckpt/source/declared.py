@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from ..dialects.config import HF_QUANT_CONFIG
+from ..dialects.dialect import COMPRESSED_TENSORS, MODELOPT
 from ..dialects.fp8.table import BLOCKS
 from ..dialects.methods import METHODS
 from ..errors import CheckpointError, Problems, show_some
@@ -18,10 +20,9 @@ from .checkpoint import Source
 from .files import read_regular
 from .strict_json import parse_object, show_value
 
-__all__ = ["HF_QUANT_CONFIG", "Declared", "declarations", "everything_declared"]
+__all__ = ["Declared", "declarations", "everything_declared"]
 __all__ += ["quantization_beside"]
 
-HF_QUANT_CONFIG = "hf_quant_config.json"
 _CAP_NBYTES = 30_000_000
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 
@@ -43,9 +44,9 @@ class Declared:
         """The quant_method; ModelOpt's is also written modelopt_fp4 and the like."""
         said = self.said.get("quant_method", "")
         method = said if isinstance(said, str) else show_value(said)
-        if method.startswith("modelopt") or ("quant_algo" in self.said and not method):
-            return "modelopt"
-        return method or ("compressed-tensors" if "config_groups" in self.said else "")
+        if method.startswith(MODELOPT) or ("quant_algo" in self.said and not method):
+            return MODELOPT
+        return method or (COMPRESSED_TENSORS if "config_groups" in self.said else "")
 
     @property
     def has_kv_cache(self) -> bool:
@@ -152,7 +153,7 @@ def everything_declared(config: Mapping[str, Any], beside: bytes | None) -> list
     if beside is not None:
         said = quantization_beside(beside)
         if said is not None:
-            found.append(Declared(HF_QUANT_CONFIG, {"quant_method": "modelopt", **said}))
+            found.append(Declared(HF_QUANT_CONFIG, {"quant_method": MODELOPT, **said}))
     return found
 
 

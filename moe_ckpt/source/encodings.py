@@ -202,7 +202,7 @@ INPUT_NAMES = tuple(
 # Tensors with these endings mean nothing without their weight.
 SCALE_ENDINGS = (
     *(f"weight{ending}" for ending in (*SHAPE_ENDINGS, *REFUSED_ENDINGS)),
-    *(
+    *dict.fromkeys(
         suffix
         for row in _SPELLINGS
         for suffix in row.suffixes.values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..dialects.dialect import COMPRESSED_TENSORS, FP8, MODELOPT
 from ..dialects.methods import METHODS
 
 __all__ = ["name_of_packing"]
@@ -26,12 +27,12 @@ _PACKINGS: tuple[tuple[str, str, str], ...] = (
     (".g_idx", "", "GPTQ"),
     (".qzeros", "", "AWQ or GPTQ"),
     (".qweight", "I32", "AWQ or GPTQ"),
-    (".weight_global_scale", "", _what("compressed-tensors", "nvfp4")),
+    (".weight_global_scale", "", _what(COMPRESSED_TENSORS, "nvfp4")),
     (".weight_shape", "", "integers of compressed-tensors"),
-    (".weight_packed", "", "compressed-tensors"),
-    ("_scale_2", "", _what("modelopt", "nvfp4")),
+    (".weight_packed", "", COMPRESSED_TENSORS),
+    ("_scale_2", "", _what(MODELOPT, "nvfp4")),
     (".scale2", "", "NVFP4 of Inkling"),
-    ("_scale_inv", "", _what("fp8", "fp8-block")),
+    ("_scale_inv", "", _what(FP8, "fp8-block")),
     (".scales", "U32", "MLX"),
     (".scale", "I8", "FP4 of DeepSeek"),
     ("_scale", "F8_E4M3", "FP8"),

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ..dialects import dialect_that_writes
+from ..dialects.config import CONFIG, HF_QUANT_CONFIG
 from ..errors import CheckpointError, InputError, OutputRefusedError, show
 from ..layouts import Detection, detect
 from ..output.journal import JOURNAL, PRIVATE, Journal, read_journal
-from ..source.checkpoint import CONFIG, INDEX, Source, is_safe_shard_name, shards_in
-from ..source.declared import HF_QUANT_CONFIG, Declared, everything_declared, quantization_beside
+from ..source.checkpoint import INDEX, Source, is_safe_shard_name, shards_in
+from ..source.declared import Declared, everything_declared, quantization_beside
 from ..source.files import read_regular
 from ..source.headers import Shard, TensorInfo, read_header
 from ..source.strict_json import parse_object, type_name

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines import Engine
-from ..formats import find_format, nvfp4_from_mxfp4
+from ..formats import Cast, find_format
 from ..formats.scales import scale_of
 from ..plan import Copy, Job
 from ..source.items import DTYPES, numbers
@@ -80,9 +80,10 @@ class Worker:
 
         It is the largest magnitude; of MXFP4 that is cast, the largest exponent.
         """
-        if not _is_cast(job):
+        cast = _cast_of(job)
+        if cast is None:
             return self.amax(batch)
-        parts = self._in_parts(self._max_exponent, batch)
+        parts = self._in_parts(partial(self._max_exponent, cast), batch)
         return [float(value) for values in parts for value in values.tolist()]
 
     def convert(self, job: Job, batch: Batch, out: Sink, shared: float | None = None) -> int:
@@ -124,8 +125,8 @@ class Worker:
     def _convert(self, job: Job, batch: Batch, out: Sink, shared: float | None) -> None:
         if not job.is_recoded:
             scalars = self._quantize(job, batch, out, shared)
-        elif _is_cast(job):
-            scalars = self._cast(job, batch, out, shared)
+        elif cast := _cast_of(job):
+            scalars = self._cast(cast, job, batch, out, shared)
         else:
             scalars = self._move(job, batch, out)
         write_scalars(job, batch, scalars, self._decoder, out)
@@ -183,11 +184,11 @@ class Worker:
         roles = [part.role for part in job.parts if part.is_scalar and part.role != "input_scale"]
         return {role: stored_scalars(job, batch, role, self._decoder) for role in roles}
 
-    def _cast(self, job: Job, batch: Batch, out: Sink, shared: float | None) -> Scalars:
-        """MXFP4 as NVFP4: the same codes under other scales; returns the global ones."""
+    def _cast(self, cast: Cast, job: Job, batch: Batch, out: Sink, shared: float | None) -> Scalars:
+        """The same codes under other scales; returns the global ones."""
         place = batch.place
         if shared is None:
-            exponent_B = self._max_exponent(batch)
+            exponent_B = self._max_exponent(cast, batch)
         else:
             exponent_B = np.full(batch.count, int(shared), np.int32)
         for piece in cut(batch, self._budget, find_format(job.format)):
@@ -200,20 +201,19 @@ class Worker:
                     part.role: views[part.role][chunk.p][chunk.of(part)]
                     for part in place.encoded.parts
                 }
-                self.inexact_blocks += nvfp4_from_mxfp4.cast(parts, exponent_B[chunk.b], chunk.out)
-        return {"global_scale": nvfp4_from_mxfp4.global_scale(exponent_B)}
+                self.inexact_blocks += cast.cast(parts, exponent_B[chunk.b], chunk.out)
+        return {"global_scale": cast.global_scale(exponent_B)}
 
-    def _max_exponent(self, batch: Batch) -> NDArray[np.int32]:
+    def _max_exponent(self, cast: Cast, batch: Batch) -> NDArray[np.int32]:
         """The largest exponent of each slab's blocks, int32 [B]."""
         found = [
-            nvfp4_from_mxfp4.max_exponent(self._decoder.parts(batch, *piece))
+            cast.max_exponent(self._decoder.parts(batch, *piece))
             for piece in cut(batch, self._budget)
         ]
         largest: NDArray[np.int32] = np.maximum.reduce(found)
         return largest
 
 
-def _is_cast(job: Job) -> bool:
-    """Whether codes stay and their scales become those of another format."""
-    source, target = find_format(job.place.encoded.format), find_format(job.format)
-    return job.is_recoded and source.weights != target.weights
+def _cast_of(job: Job) -> Cast | None:
+    """What casts the weights of a job, if their codes stay and get other scales."""
+    return find_format(job.format).cast_from(find_format(job.place.encoded.format))

@@ -12,7 +12,7 @@ import moe_ckpt
 from moe_ckpt.conversion import execute
 from moe_ckpt.engines import backend_for
 from moe_ckpt.formats import FORMATS
-from moe_ckpt.formats.amax import scale_of
+from moe_ckpt.formats.amax import block_scale_of
 from moe_ckpt.work.batches import Budget
 
 pytestmark = [
@@ -70,4 +70,4 @@ def test_same_bytes_for_adversarial_weights(row, dtype):
 def test_same_scales_for_every_bfloat16(largest):
     """A division by a Python number would miss the last bit of many on CUDA."""
     amax = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16).float()
-    assert torch.equal(scale_of(amax, largest), scale_of(amax.cuda(), largest).cpu())
+    assert torch.equal(block_scale_of(amax, largest), block_scale_of(amax.cuda(), largest).cpu())

@@ -140,7 +140,7 @@ def test_without_statistics_every_input_scale_is_one(tmp_path, model):
     assert set(input_amaxes(plan).values()) == {None}
     assert plan.notes == ()
     (warning,) = plan.warnings_by_kind["statistics"]
-    assert "without --stats every quantized module gets input scale 1.0" in warning
+    assert "no statistics: every quantized module gets input scale 1.0" in warning
 
 
 def test_statistics_of_kept_modules_are_fine_and_of_strangers_are_not(tmp_path, model):

@@ -87,19 +87,42 @@ def test_a_number_format_is_three_edits(tmp_path):
     assert len(copy.edits) == 3
     assert sum(len(text.splitlines()) for _, _, text in copy.edits) < 70
     out, back = tmp_path / "out", tmp_path / "back"
-    assert "verified: 1 shard" in copy.run("convert", WIDE, out, "--format", "int8-g128")
+    printed = copy.run("convert", WIDE, out, "--format", "int8-g32")
+    assert re.search(r"verified: 1 shard.* 12 matrices in int8-g32,", printed)
     assert "nothing is wrong" in copy.run("verify", out, "--source", WIDE, "--all")
-    assert "int8-g128" in copy.run("formats")
+    assert "int8-g32" in copy.run("formats")
     copy.run("convert", out, back, "--format", "bf16")
     tensors, decoded = (load_file(folder / "model.safetensors") for folder in (out, back))
     module = "model.layers.0.mlp.experts.0.down_proj"
     codes, scale = tensors[f"{module}.weight"], tensors[f"{module}.weight_scale"]
     assert (codes.dtype, scale.dtype) == (torch.int8, torch.bfloat16)
-    assert scale.shape == (codes.shape[0], codes.shape[1] // 128)
-    wide = scale.float().repeat_interleave(128, 1)
+    assert scale.shape == (codes.shape[0], codes.shape[1] // 32)
+    wide = scale.float().repeat_interleave(32, 1)
     assert torch.equal(decoded[f"{module}.weight"], (codes.float() * wide).bfloat16())
     (group,) = read_json(out / "config.json")["quantization_config"]["config_groups"].values()
-    assert (group["weights"]["num_bits"], group["weights"]["group_size"]) == (8, 128)
+    assert (group["weights"]["num_bits"], group["weights"]["group_size"]) == (8, 32)
+    copy.run("convert", out, tmp_path / "again", "--format", "int8-g32")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_format_of_another_dialect_is_as_little(tmp_path):
+    """The same rows, but that of ModelOpt's dialect: then this one is the default."""
+    copy = Copy(tmp_path / "package", "Add a number format")
+    ours = tmp_path / "package" / "moe_ckpt" / "dialects"
+    for dialect, table in (("compressed_tensors", "SCHEMES"), ("modelopt", "ALGORITHMS")):
+        shutil.copy(PACKAGE / "dialects" / dialect / "table.py", ours / dialect / "table.py")
+        assert f"\n{table} = (\n" in (ours / dialect / "table.py").read_text()
+    path = ours / "modelopt" / "table.py"
+    row = (
+        'Algorithm(("INT8_G32",), Spelling("int8-g32", "int8 of ModelOpt", _BLOCKS, (VLLM,)), '
+        "has_inputs=False),"
+    )
+    path.write_text(path.read_text().replace("ALGORITHMS = (\n", f"ALGORITHMS = (\n    {row}\n"))
+    out = tmp_path / "out"
+    copy.run("convert", WIDE, out, "--format", "int8-g32", "--no-verify")
+    assert read_json(out / "config.json")["quantization_config"]["quant_algo"] == "INT8_G32"
+    assert "12 matrices in int8-g32" in copy.run("verify", out, "--source", WIDE, "--all")
 
 
 @pytest.mark.parametrize("damage", ["scale", "codes"])
@@ -107,7 +130,7 @@ def test_what_is_added_is_verified_too(tmp_path, damage):
     """One edited scale, one edited code: found without a word about the format elsewhere."""
     copy = Copy(tmp_path / "package", "Add a number format")
     out = tmp_path / "out"
-    copy.run("convert", WIDE, out, "--format", "int8-g128")
+    copy.run("convert", WIDE, out, "--format", "int8-g32")
     shutil.rmtree(out / ".moe-ckpt")
     path = out / "model.safetensors"
     data = bytearray(path.read_bytes())

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...formats import UNQUANTIZED
-from ..config import with_quantization
-from ..dialect import Assignment, Dialect, written
+from ..config import CONFIG, with_quantization
+from ..dialect import COMPRESSED_TENSORS, Assignment, Dialect, written
 from ..matching import built_of, check
 from .match import compressed_readers
 from .patterns import ignore_list, targets_of
@@ -35,7 +35,7 @@ def config_files(config: Mapping[str, Any], assignment: Assignment) -> dict[str,
     targets = {target: name for name, found in groups.items() for target in found}
     check(compressed_readers(ignore, targets), modules, "list of names and expressions")
     quantization = {
-        "quant_method": "compressed-tensors",
+        "quant_method": COMPRESSED_TENSORS,
         "format": _format_of_all(groups, assignment),
         "quantization_status": "compressed",
         "global_compression_ratio": None,
@@ -46,7 +46,7 @@ def config_files(config: Mapping[str, Any], assignment: Assignment) -> dict[str,
             for number, (name, found) in enumerate(groups.items())
         },
     }
-    return {"config.json": with_quantization(config, quantization)}
+    return {CONFIG: with_quantization(config, quantization)}
 
 
 def _format_of_all(groups: Mapping[str, list[str]], assignment: Assignment) -> str:
@@ -69,7 +69,7 @@ def _group(format_name: str, targets: list[str]) -> dict[str, Any]:
 
 
 DIALECT = Dialect(
-    name="compressed-tensors",
+    name=COMPRESSED_TENSORS,
     summary="llm-compressor's files, which have every format",
     spellings=written([*SPELLINGS, PLAIN]),
     config_files=config_files,

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import with_quantization
-from ..dialect import Assignment, Dialect, refused, written
+from ..config import CONFIG, with_quantization
+from ..dialect import FP8, Assignment, Dialect, refused, written
 from ..matching import built_of, check
 from .match import fp8_readers
 from .table import BLOCKS, DEEPSEEK, KEPT, PLAIN, SPELLINGS
@@ -29,17 +29,17 @@ def config_files(config: Mapping[str, Any], assignment: Assignment) -> dict[str,
     entries = sorted({name for m in modules if m.format is None for name in m.linears})
     check(fp8_readers(entries, DEEPSEEK.format), modules, "list of modules_to_not_convert")
     quantization = {
-        "quant_method": "fp8",
+        "quant_method": FP8,
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [*_BLOCK],
         KEPT: entries,
     }
-    return {"config.json": with_quantization(config, quantization)}
+    return {CONFIG: with_quantization(config, quantization)}
 
 
 DIALECT = Dialect(
-    name="fp8",
+    name=FP8,
     summary="DeepSeek's files with 128x128 blocks, which every runtime reads",
     spellings=written([*SPELLINGS, PLAIN]),
     config_files=config_files,

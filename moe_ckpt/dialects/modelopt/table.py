@@ -33,13 +33,13 @@ from typing import Any
 
 from ...formats import FORMATS, find_format
 from ...runtimes import SGLANG, TRTLLM, VLLM
-from ..dialect import Spelling, plain_spelling
+from ..dialect import MODELOPT, Spelling, plain_spelling
 
 __all__ = ["ALGORITHMS", "METHOD_NAMES", "MIX", "PLAIN", "READ_IN_SOURCES", "SPELLINGS"]
 __all__ += ["UNKNOWN_FORMATS", "Algorithm", "algorithm_named", "algorithm_of"]
 
 # The quant_methods that runtimes know as ModelOpt's; sources may have others that begin so.
-METHOD_NAMES = ("modelopt", *(f"modelopt_{of}" for of in ("fp4", "fp8", "mixed", "mxfp8")))
+METHOD_NAMES = (MODELOPT, *(f"{MODELOPT}_{of}" for of in ("fp4", "fp8", "mixed", "mxfp8")))
 
 MIX = "MIXED_PRECISION"  # the quant_algo of several algorithms
 

@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...formats import UNQUANTIZED, find_format
-from ..config import as_text, with_quantization
-from ..dialect import Assignment, Dialect, refused, written
+from ..config import CONFIG, HF_QUANT_CONFIG, as_text, with_quantization
+from ..dialect import MODELOPT, Assignment, Dialect, refused, written
 from ..matching import Built, built_of, check, formats_of
 from .exclude import exclude_list
 from .match import mixed_readers
@@ -115,7 +115,7 @@ def _files(
         "quant_algo": algo,
         **({"kv_cache_scheme": _KV_CACHE} if kv_cache else {}),
         "producer": _PRODUCER,
-        "quant_method": "modelopt",
+        "quant_method": MODELOPT,
     }
     quantization = {
         "quant_algo": algo,
@@ -124,8 +124,8 @@ def _files(
         "exclude_modules": list(exclude),
     }
     return {
-        "hf_quant_config.json": as_text({"producer": _PRODUCER, "quantization": quantization}),
-        "config.json": with_quantization(config, quantization_config),
+        HF_QUANT_CONFIG: as_text({"producer": _PRODUCER, "quantization": quantization}),
+        CONFIG: with_quantization(config, quantization_config),
     }
 
 
@@ -137,7 +137,7 @@ def refused_mix(formats: Sequence[str]) -> str:
 
 
 DIALECT = Dialect(
-    name="modelopt",
+    name=MODELOPT,
     summary="NVIDIA ModelOpt's export for vLLM, SGLang and TensorRT-LLM",
     spellings=written([*SPELLINGS, PLAIN]),
     config_files=config_files,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from ...dialects.config import HF_QUANT_CONFIG
+from ...dialects.dialect import MODELOPT
 from ...dialects.modelopt.table import algorithm_named
 from ...dialects.reading import Reading
 from ...errors import show, show_some
 from ...planning.kv_cache import KV_SCALES
-from ...source.declared import HF_QUANT_CONFIG
 from ..findings import Findings
 from ..inventory import Inventory, expert_of
 from ..subject import Subject
@@ -27,7 +28,7 @@ def check_two_files(subject: Subject, readings: Mapping[str, Reading], findings:
     config = next((said for said in subject.said if said.where != HF_QUANT_CONFIG), None)
     if beside is None or config is None:
         return
-    if config.method != "modelopt":
+    if config.method != MODELOPT:
         findings.add(
             "config",
             HF_QUANT_CONFIG,

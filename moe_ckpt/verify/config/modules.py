@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 
+from ...dialects.config import HF_QUANT_CONFIG
+from ...dialects.dialect import COMPRESSED_TENSORS
 from ...dialects.matching import Built, UndecidedError, built_modules
 from ...dialects.methods import METHODS
 from ...dialects.read import Reading, read_config
@@ -12,7 +14,6 @@ from ...formats import FORMATS, UNQUANTIZED
 from ...layouts.roles import reason_to_keep
 from ...layouts.sizes import model_type_of
 from ...runtimes import SGLANG, TRANSFORMERS, TRTLLM, VLLM
-from ...source.declared import HF_QUANT_CONFIG
 from ..findings import Findings, Runtime
 from ..inventory import Inventory, Module
 from ..subject import Subject
@@ -62,7 +63,7 @@ def _after_scales(runtime: Runtime, subject: Subject, findings: Findings) -> Run
     formats = {of.format for of in subject.weights.all_encoded()}
     is_refused = (
         runtime.name == SGLANG
-        and subject.dialect == "compressed-tensors"
+        and subject.dialect == COMPRESSED_TENSORS
         and "nvfp4-w4a16" in formats
         and any(finding.effect == GATE_UP for finding in findings.found)
     )

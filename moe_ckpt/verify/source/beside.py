@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...dialects.config import without_quantization
+from ...dialects.config import CONFIG, without_quantization
 from ...errors import InputError, show
-from ...source.checkpoint import CONFIG, SideFile, Source
+from ...source.checkpoint import SideFile, Source
 from ...source.files import open_regular
 from ...source.strict_json import parse_object
 from ..findings import Findings

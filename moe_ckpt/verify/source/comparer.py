@@ -12,7 +12,6 @@ from ...dtypes import nbytes_of
 from ...engines import Engine
 from ...errors import CheckpointError
 from ...formats import Part, find_format
-from ...formats.nvfp4_from_mxfp4 import global_scale
 from ...formats.scales import scale_of
 from ...plan import Job
 from ...work.batches import Batch, Budget
@@ -155,10 +154,11 @@ class Comparer:
         stored = np.empty(1, np.float32)
         self._there.read(read, 0, stored.view(np.uint8).data)
         if job.is_recoded:
-            if pair.place.encoded.format not in target.exact_from:
+            cast = target.cast_from(find_format(pair.place.encoded.format))
+            if cast is None:
                 return None
             exponents = np.arange(-200, 129, dtype=np.int32)
-            (known,) = np.nonzero(global_scale(exponents) == stored)
+            (known,) = np.nonzero(cast.global_scale(exponents) == stored)
             shared = float(exponents[known[0]]) if len(known) else None
         else:
             amax = stored * np.float32(target.largest)

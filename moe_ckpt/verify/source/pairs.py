@@ -14,7 +14,7 @@ from ...dtypes import FLOATS
 from ...errors import InputError, Problems, show
 from ...formats import find_format
 from ...layouts import Detection, Experts, Side
-from ...layouts.places import place_of_experts, place_of_linears
+from ...layouts.places import expert_modules, place_of_experts, place_of_linears
 from ...layouts.roles import amax_groups, is_matrix, module_of, reason_to_keep, set_aside
 from ...plan import Copy, Job
 from ...planning.kv_cache import KV_SCALES
@@ -216,7 +216,7 @@ class _Pairing:
     def _experts(self, found: Experts, side: Side) -> None:
         """One side of the experts of a layer, in whatever form they are here."""
         names = [
-            [f"{found.output}.{found.first + e}.{p}.weight" for p in side.projections]
+            [f"{module}.weight" for module in expert_modules(found, side, e)]
             for e in range(found.num_experts)
         ]
         is_split = any(name in self._out.tensors for of_one in names for name in of_one)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from ...dialects import find_dialect
+from ...dialects import dialect_for
+from ...dialects.dialect import MODELOPT
 from ...errors import InputError, Problems
 from ...formats import QuantFormat, find_format
 from ...layouts import Detection
@@ -42,8 +43,9 @@ class Maker:
             return None
         (there,) = encoded
         problems = Problems()
+        target = find_format(there.format)
         try:
-            job = make(self._units(problems), find_format(there.format))
+            job = make(self._units(target, problems), target)
             problems.check()
         except InputError:
             return None
@@ -51,11 +53,11 @@ class Maker:
             return None
         return _placed(replace(job, inverse=there.inverse))
 
-    def _units(self, problems: Problems) -> UnitMaker:
+    def _units(self, target: QuantFormat, problems: Problems) -> UnitMaker:
         return UnitMaker(
             self._weights,
             self._detection,
-            find_dialect("compressed-tensors"),  # it has all formats
+            dialect_for([target.name]),
             Calibration(_NO_STATS, self._detection, missing_is_constant=True),
             {},
             problems,
@@ -83,6 +85,6 @@ def _stores(job: Job, encoded: Encoded) -> bool:
 
 def _placed(job: Job) -> Job:
     """The job with its regions one after another."""
-    dialect = find_dialect("modelopt" if job.is_stacked else "compressed-tensors")
+    dialect = dialect_for([job.format], MODELOPT if job.is_stacked else None)
     (shard,) = pack([QuantUnit((job,))], dialect, _EVERYTHING)
     return shard.jobs[0]

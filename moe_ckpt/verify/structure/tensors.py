@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 
+from ...dialects.dialect import MODELOPT
 from ...errors import show, show_some
 from ...layouts.roles import module_of
 from ...layouts.sizes import model_type_of
@@ -210,7 +211,7 @@ def _check_alike(inventory: Inventory, findings: Findings) -> None:
 
 def _check_ranks(subject: Subject, inventory: Inventory, findings: Findings) -> None:
     """Report scales that are spread over dimensions as only ModelOpt writes them."""
-    if not subject.said or subject.said[0].method == "modelopt":
+    if not subject.said or subject.said[0].method == MODELOPT:
         return
     for module in inventory.quantized:
         for part, info in module.parts:
