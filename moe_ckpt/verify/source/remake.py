@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from ...dialects import dialect_for
+from ...dialects import dialect_for, find_dialect
 from ...dialects.dialect import MODELOPT
 from ...errors import InputError, Problems
 from ...formats import QuantFormat, find_format
@@ -85,6 +85,6 @@ def _stores(job: Job, encoded: Encoded) -> bool:
 
 def _placed(job: Job) -> Job:
     """The job with its regions one after another."""
-    dialect = dialect_for([job.format], MODELOPT if job.is_stacked else None)
+    dialect = find_dialect(MODELOPT) if job.is_stacked else dialect_for([job.format])
     (shard,) = pack([QuantUnit((job,))], dialect, _EVERYTHING)
     return shard.jobs[0]
