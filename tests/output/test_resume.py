@@ -576,7 +576,8 @@ from moe_ckpt.__main__ import main
 main()
 """
     args = [sys.executable, "-c", script]
-    done = subprocess.run(args, capture_output=True, text=True, check=False)
+    start = partial(signal.signal, number, signal.SIG_DFL)  # under nohup it would be ignored
+    done = subprocess.run(args, capture_output=True, text=True, check=False, preexec_fn=start)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
 
 
