@@ -28,15 +28,6 @@ from moe_ckpt.work.batches import Budget
 ATTENTION = "model.layers.0.self_attn"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These matrices are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make(folder, key, i=128, h=128, *, count=2, shards=1, beside=True, step=1, **config):
     """Experts, attention and output head in an encoding; the decoded weights by name."""
     encode, options, said, _ = S.ENCODINGS[key]
