@@ -130,7 +130,14 @@ def run_ours(module, experts, tensors, x):
     return torch.stack(results)
 
 
-@pytest.mark.parametrize("intermediate", [24, 32, 64])  # neither, gate_up or down is square
+@pytest.mark.parametrize(
+    "intermediate",
+    [  # neither, gate_up or down is square
+        24,
+        pytest.param(32, marks=pytest.mark.slow),
+        pytest.param(64, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("model_type", BUILT)
 def test_our_matrices_compute_what_the_module_computes(tmp_path, model_type, intermediate):
     model = build(model_type, intermediate)

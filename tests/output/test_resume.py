@@ -69,10 +69,10 @@ def interrupted(source, out, after=2, **options):
 @pytest.mark.parametrize(
     ("mode", "argument", "least"),
     [
-        ("steps", "kill", 80),
-        ("steps", "enospc", 80),
-        ("steps", "eio", 80),
-        ("random", "50", 50),
+        pytest.param("steps", "kill", 80, marks=pytest.mark.slow),
+        pytest.param("steps", "enospc", 80, marks=pytest.mark.slow),
+        pytest.param("steps", "eio", 80, marks=pytest.mark.slow),
+        pytest.param("random", "50", 50, marks=pytest.mark.slow),
         ("two", "10", 10),
         ("order", "", 10),
     ],
@@ -528,6 +528,7 @@ def test_a_file_size_limit_is_known_before(tmp_path):
 # Two at once.
 
 
+@pytest.mark.slow
 def test_a_second_conversion_is_told_who_is_first(slow_model, tmp_path):
     out = tmp_path / "out"
     args = [COMMAND, "convert", slow_model, out, "--max-shard-size", "40MB", "-q"]
@@ -547,6 +548,7 @@ def test_a_second_conversion_is_told_who_is_first(slow_model, tmp_path):
     assert [path.name for path in (out / ".moe-ckpt").iterdir()] == ["journal.jsonl"]
 
 
+@pytest.mark.slow
 def test_the_lock_of_the_dead_is_free(slow_model, tmp_path):
     out = tmp_path / "out"
     args = [COMMAND, "convert", slow_model, out, "--max-shard-size", "40MB", "-q"]

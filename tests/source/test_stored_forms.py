@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kit.command import run_cli
+from kit.command import run_here
 from kit.expert_layouts import (
     CODECS,
     check,
@@ -221,7 +221,7 @@ def test_a_weight_that_is_not_finite_is_named_where_it_is_stored(tmp_path, where
     (tmp_path / "in").rmdir()
     write(tmp_path / "in", tensors, {})
     config.write_bytes(text)
-    done = run_cli("convert", tmp_path / "in", tmp_path / "out", "--experts", as_)
+    done = run_here("convert", tmp_path / "in", tmp_path / "out", "--experts", as_)
     assert done.returncode == 3
     expert, row, column = where
     assert f"{name}[expert {expert}]: weight is nan at row {row}, column {column};" in done.stderr
