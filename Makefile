@@ -11,12 +11,12 @@ EDITABLE ?= -e
 MODEL := fixtures/qwen3_moe
 DEMO := build/demo
 
-.PHONY: demo test test-fast coverage lint clean
+.PHONY: demo test test-fast coverage docs lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		$(EDITABLE) "$(PACKAGE)[fast,dev,oracle]"
+		$(EDITABLE) "$(PACKAGE)[fast,dev,docs,oracle]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -35,6 +35,10 @@ test-fast: $(VENV)/.installed
 
 coverage: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -m "not slow" --cov --cov-report=term-missing:skip-covered
+
+docs: $(VENV)/.installed
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --quiet --strict
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -101,7 +101,7 @@ def quantizer(
     from moe_ckpt.formats.scratch import Scratch
 
     row = find_format(number_format)
-    name = row.module.partition(":")[0]
+    name = row.module
     codec, scratch = row.codec(), Scratch(weight_BNK.device)
     kernels = kernels_for(weight_BNK.device)[0] if weight_BNK.is_cuda else None
     scale = None

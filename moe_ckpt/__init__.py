@@ -25,13 +25,16 @@ from .errors import (
     UsageError,
     VerifyError,
 )
+from .version import __version__
 
 if TYPE_CHECKING:
-    from .conversion import Result, convert
+    from .conversion import convert
+    from .inspection import inspect
+    from .limits import Limits
     from .plan import Plan
-    from .planning.options import Limits, Options
+    from .planning.options import Options
     from .planning.planner import make_plan
-    from .report.plan_report import inspect
+    from .result import Result
 
 __all__ = [
     "AmaxError",
@@ -57,15 +60,13 @@ __all__ = [
     "make_plan",
 ]
 
-__version__ = "0.1.0"
-
 _LAZY = {
-    "Limits": "planning.options",
+    "Limits": "limits",
     "Options": "planning.options",
     "Plan": "plan",
-    "Result": "conversion",
+    "Result": "result",
     "convert": "conversion",
-    "inspect": "report.plan_report",
+    "inspect": "inspection",
     "make_plan": "planning.planner",
 }
 

@@ -9,51 +9,33 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Unpack
 
 from .engines import Backend, backend_for
 from .errors import EnvironmentFaultError, VerifyError, show
+from .limits import Limits
 from .output.journal import head_of, read_journal
 from .output.out_dir import check_out_dir, missing_nbytes
 from .output.writer import OutputFolder, ShardWriter, output_folder
 from .plan import Job, OutShard, Plan
-from .planning.options import Limits, PlanOptions
-from .planning.origin import file_sha256
+from .planning.options import PlanOptions
 from .planning.planner import make_plan
+from .result import Result
 from .source.checkpoint import INDEX
+from .source.files import file_sha256
 from .texts import index_of
 from .work.batches import Budget, batches, budget_for, gathered_nbytes
 from .work.pool import Pool, environment_faults, pool_over
 from .work.worker import Worker
 
-__all__ = ["Result", "convert", "execute"]
+__all__ = ["convert", "execute", "prepare"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Told after each piece of work: bytes of weights read, and the shard if it was just finished.
 Progress = Callable[[int, OutShard | None], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A finished conversion.
-
-    ``resumed``: how many shards an earlier run had made. ``was_complete``: whether it had left
-    nothing to do. ``inexact_blocks``: blocks of MXFP4 that NVFP4 could not hold exactly.
-    ``verified``: what `moe_ckpt.verify` looked at -> how many; empty if it was not asked.
-    """
-
-    plan: Plan
-    out_dir: Path
-    device: str
-    seconds: float
-    resumed: int = 0
-    was_complete: bool = False
-    inexact_blocks: int = 0
-    verified: Mapping[str, int] = field(default_factory=dict)
 
 
 def convert(
@@ -92,10 +74,8 @@ def convert(
         VerifyError: something is wrong with what was written; it has no configuration.
     """
     backend = backend_for(device)
-    check_out_dir(Path(in_dir), Path(out_dir), overwrite=overwrite)
-    plan = make_plan(in_dir, **options)
     return execute(
-        plan,
+        prepare(in_dir, out_dir, overwrite=overwrite, **options),
         out_dir,
         backend=backend,
         limits=limits,
@@ -105,6 +85,22 @@ def convert(
         verify=verify,
         progress=progress,
     )
+
+
+def prepare(
+    in_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    **options: Unpack[PlanOptions],
+) -> Plan:
+    """The plan of a conversion to a folder; that folder is looked at first, and not written to.
+
+    Raises:
+        UsageError, InputError, OutputRefusedError: what is asked for cannot be done.
+    """
+    check_out_dir(Path(in_dir), Path(out_dir), overwrite=overwrite)
+    return make_plan(in_dir, **options)
 
 
 def execute(
@@ -193,10 +189,10 @@ def _verify(root: Path, texts: Mapping[str, str], say: Callable[[str], None]) ->
 
     Scales that are carried over may differ where runtimes use one; that is said, and no error.
     """
-    from .report.verification import by_effect
     from .verify import Findings, check_parts
+    from .verify.findings import by_effect
     from .verify.subject import open_subject
-    from .verify.values.scales import LOSSY
+    from .verify.values.scale_values import LOSSY
 
     findings = Findings()
     check_parts(open_subject(root, findings, texts), findings)
@@ -263,11 +259,13 @@ def _shared_amax(shard: OutShard, pool: Pool, budget: Budget) -> dict[Job, float
     found = {}
     for job in shard.jobs:
         if job.is_stacked:
-            known = [slab.amax for slab in job.slabs]
+            known = [output.amax for output in job.outputs]
             amax = [value for value in known if value is not None]
             if len(amax) < len(known) or job.is_recoded:
                 amax = []
-                tasks = (partial(Worker.amax, batch=batch) for batch in batches(job, budget))
+                tasks = (
+                    partial(Worker.largest, job=job, batch=b) for b in batches(job.place, budget)
+                )
                 pool.run(tasks, amax.extend)
             found[job] = max(amax)
     return found
@@ -280,5 +278,5 @@ def _tasks(
         yield partial(Worker.copy, item=item, out=out)
     for job in shard.jobs:
         shared = shared_amax.get(job) if job.is_stacked else None
-        for batch in batches(job, budget):
-            yield partial(Worker.convert, batch=batch, out=out, shared=shared)
+        for batch in batches(job.place, budget):
+            yield partial(Worker.convert, job=job, batch=batch, out=out, shared=shared)

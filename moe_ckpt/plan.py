@@ -15,66 +15,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .dtypes import itemsize, nbytes_of
-from .formats import Part
+from .formats import UNQUANTIZED, Part
 from .layouts import Experts
-from .planning.origin import Origin
+from .origin import Origin
 from .source.checkpoint import SideFile
 from .source.headers import Shard
+from .source.stored import Place, Read
 
-__all__ = ["Constant", "Copy", "Encoded", "Job", "OutShard", "OutTensor", "Plan", "Read"]
-__all__ += ["Region", "Slab", "by_alignment"]
-
-
-class Read(NamedTuple):
-    """A contiguous byte range of a source shard."""
-
-    shard: str
-    offset: int
-    nbytes: int
+__all__ = ["Constant", "Copy", "Job", "OutShard", "OutTensor", "Output", "Plan", "Region"]
+__all__ += ["by_alignment"]
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """How source weights are stored: as the parts of a number format, in their dtypes.
+class Output(NamedTuple):
+    """What a slab becomes: an output module for each of its matrices.
 
-    The code comes first; weights that are not quantized have no other part, and format "bf16"
-    whatever their dtype. ``inverse``: roles that hold the reciprocal.
+    ``amax``: the largest magnitude of the slab's weights, if an earlier scan found it.
     """
 
-    format: str
-    parts: tuple[Part, ...]
-    inverse: tuple[str, ...] = ()
-
-    def __hash__(self) -> int:
-        return hash(self.format)  # of all parts it would take long, and nearly all are equal
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the weights are not quantized."""
-        return self.format == "bf16"
-
-    @property
-    def has_input_scale(self) -> bool:
-        """Whether a static activation scale is stored beside the weights."""
-        return any(part.role == "input_scale" for part in self.parts)
-
-    @property
-    def row_step(self) -> int:
-        """Rows that share an item of some part."""
-        return max(part.rows for part in self.parts)
-
-
-class Slab(NamedTuple):
-    """Matrices stacked by rows that share one weight amax, such as gate and up of an expert.
-
-    ``reads``: for each source tensor in order, the bytes of each of its parts. ``labels``: what to
-    call each tensor in a message. ``modules``: the output modules, one for each part of the rows.
-    ``amax``: the largest magnitude, if an earlier scan found it.
-    """
-
-    reads: tuple[tuple[Read, ...], ...]
     modules: tuple[str, ...]
-    labels: tuple[str, ...]
     amax: float | None = None
 
 
@@ -94,63 +52,42 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Slabs of one shape that become matrices of one format in one output shard.
+    """Slabs that become matrices of one format in one output shard.
 
-    ``source_rows`` holds N of each source tensor of a slab, ``rows`` of each output module,
-    ``columns`` is K. ``dtype`` is that of the weights when they are decoded. ``parts`` are what a
+    ``place``: where they lie in the source. ``outputs``: what each becomes. ``parts`` are what a
     matrix becomes; ``inverse`` are the roles of which the output stores the reciprocal.
 
     ``is_recoded``: the parts are moved as they are, or cast exactly, and not quantized anew.
     ``input_amax`` is shared by all slabs; None stands for the input scale of the source if it has
     one and is recoded, else for the constant 1.0.
 
-    ``is_transposed``: the source stores slabs [K, N]. ``is_interleaved``: rows of the two parts
-    alternate there. ``is_stacked``: all slabs share one amax and become one tensor [S, K, N] for
-    each role.
+    ``is_stacked``: all slabs share one amax and become one tensor [S, K, N] for each role.
     """
 
-    slabs: tuple[Slab, ...]
-    source_rows: tuple[int, ...]
-    rows: tuple[int, ...]
-    columns: int
-    encoded: Encoded
-    dtype: str
+    place: Place
+    outputs: tuple[Output, ...]
     format: str
     parts: tuple[Part, ...]
     inverse: tuple[str, ...] = ()
     input_amax: float | None = None
     is_recoded: bool = False
-    is_transposed: bool = False
-    is_interleaved: bool = False
     is_stacked: bool = False
     regions: tuple[Region, ...] = ()
 
     @property
-    def slab_rows(self) -> int:
-        """Rows of one slab, all parts together."""
-        return sum(self.rows)
+    def is_gathered(self) -> bool:
+        """Whether stored rows become columns of the output, so that it is whole only at the end.
 
-    @property
-    def slab_nbytes(self) -> int:
-        """Bytes of one slab when it is decoded."""
-        return nbytes_of(self.dtype, (self.slab_rows, self.columns))
+        Stored rows are columns of the matrix if it is transposed, and a stack is written
+        transposed.
+        """
+        return self.place.is_transposed != self.is_stacked
 
-    @property
-    def read_nbytes(self) -> int:
-        """Source bytes of all slabs."""
-        first = self.slabs[0]
-        return len(self.slabs) * sum(read.nbytes for reads in first.reads for read in reads)
-
-    @property
-    def stored_shape(self) -> tuple[int, int]:
-        """Rows and columns of a slab as the source stores it."""
-        shape = (self.slab_rows, self.columns)
-        return shape[::-1] if self.is_transposed else shape
-
-    @property
-    def stored_row_nbytes(self) -> int:
-        """Bytes of one stored row when it is decoded."""
-        return nbytes_of(self.dtype, self.stored_shape[1:])
+    def cut(self, start: int, stop: int) -> Job:
+        """The job of slabs ``start`` to ``stop``; a stack is never cut."""
+        if self.is_stacked:
+            return self
+        return replace(self, place=self.place.cut(start, stop), outputs=self.outputs[start:stop])
 
     def placed(self, regions: tuple[Region, ...]) -> Job:
         """The same job with the positions of its output."""
@@ -214,7 +151,7 @@ class OutShard:
     def read_nbytes(self) -> int:
         """Bytes of weights that are read for it."""
         copied = sum(copy.read.nbytes for copy in self.copies)
-        return copied + sum(job.read_nbytes for job in self.jobs)
+        return copied + sum(job.place.read_nbytes for job in self.jobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,14 +159,14 @@ class Plan:
     """A conversion, decided.
 
     ``files`` are the configuration files, name -> text, in the order they are written.
-    ``experts_as`` is "split" or "fused"; ``loaders`` are the runtimes known to read the result.
+    ``experts_as`` is "split" or "fused"; ``runtimes`` are the runtimes known to read the result.
     ``formats``: format -> how many matrices become that, those of experts first.
     """
 
     root: Path
     model_type: str
     family: str
-    loaders: tuple[str, ...]
+    runtimes: tuple[str, ...]
     formats: Mapping[str, int]
     dialect: str
     experts_as: str
@@ -272,12 +209,12 @@ class Plan:
     @property
     def quantized_matrices(self) -> int:
         """How many matrices are quantized, those in a stack counted one by one."""
-        return sum(count for name, count in self.formats.items() if name != "bf16")
+        return sum(count for name, count in self.formats.items() if name != UNQUANTIZED)
 
     @property
     def converted_nbytes(self) -> int:
         """Source bytes of what is quantized, decoded or recoded."""
-        return sum(job.read_nbytes for job in self.jobs)
+        return sum(job.place.read_nbytes for job in self.jobs)
 
     @property
     def kept(self) -> dict[str, tuple[int, int]]:
@@ -310,13 +247,26 @@ class Plan:
             seen = [kinds.setdefault((t.dtype, t.shape), len(kinds)) for t in shard.tensors]
             state.update(repr(seen).encode())
             for job in shard.jobs:
-                reads = [tuple(read) for slab in job.slabs for r in slab.reads for read in r]
-                made = [(slab.modules, slab.amax) for slab in job.slabs]
-                state.update(repr((reads, made, replace(job, slabs=()))).encode())
+                state.update(_text_of(job).encode())
             for item in (*(replace(copy, reason="") for copy in shard.copies), *shard.constants):
                 state.update(repr(item).encode())
         state.update(repr(list(kinds)).encode())
         return state.hexdigest()
+
+
+def _text_of(job: Job) -> str:
+    """What a digest covers of a job; journals hold digests, so the text must not change."""
+    place = job.place
+    reads = [tuple(read) for slab in place.slabs for r in slab.reads for read in r]
+    made = [tuple(output) for output in job.outputs]
+    return (
+        f"({reads!r}, {made!r}, Job(slabs=(), source_rows={place.source_rows!r}, "
+        f"rows={place.rows!r}, columns={place.columns!r}, encoded={place.encoded!r}, "
+        f"dtype={place.dtype!r}, format={job.format!r}, parts={job.parts!r}, "
+        f"inverse={job.inverse!r}, input_amax={job.input_amax!r}, is_recoded={job.is_recoded!r}, "
+        f"is_transposed={place.is_transposed!r}, is_interleaved={place.is_interleaved!r}, "
+        f"is_stacked={job.is_stacked!r}, regions={job.regions!r}))"
+    )
 
 
 def by_alignment(tensor: OutTensor) -> int:

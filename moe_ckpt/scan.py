@@ -11,22 +11,23 @@ from pathlib import Path
 from .dtypes import FLOATS
 from .engines import Backend
 from .errors import OutputRefusedError, Problems, show
-from .formats import find_format
 from .layouts import Detection, Given, detect
+from .layouts.places import expert_modules, place_of_experts, place_of_linears
 from .layouts.roles import is_matrix, module_of
+from .limits import Limits
 from .output.durable import publish, write_new
-from .plan import Job
 from .planning.amax_file import amax_text, source_digest
-from .planning.options import Limits
-from .planning.shards import QuantUnit
-from .planning.units import UnitMaker
 from .source.checkpoint import open_source
+from .source.stored import Place
 from .source.weights import Weights, weights_of
 from .work.batches import Batch, batches, budget_for
 from .work.pool import environment_faults, pool_over
 from .work.worker import Worker
 
 __all__ = ["scan"]
+
+# The output modules of each slab of a place.
+Names = tuple[tuple[str, ...], ...]
 
 
 def scan(
@@ -65,20 +66,25 @@ def scan(
     source = open_source(in_dir)
     weights = weights_of(source)
     found = detect(weights.tensors, source.config, Given(layout, gate_up_order))
-    jobs = list(_jobs(weights, found))
+    places = list(_places(weights, found))
     modules: dict[str, float] = {}
     budget = budget_for(backend, limits or Limits())
 
-    def done(made: tuple[Batch, list[float]]) -> None:
-        batch, amax = made
-        for slab, value in zip(batch.slabs, amax, strict=True):
-            modules.update(dict.fromkeys(slab.modules, value))
+    def done(made: tuple[Batch, Names, list[float]]) -> None:
+        batch, names, amax = made
+        for of_slab, value in zip(names[batch.start : batch.stop], amax, strict=True):
+            modules.update(dict.fromkeys(of_slab, value))
         if progress:
             progress(batch.nbytes)
 
+    def tasks() -> Iterator[Callable[[Worker], tuple[Batch, Names, list[float]]]]:
+        for place, names in places:
+            for batch in batches(place, budget):
+                yield partial(_amax, batch=batch, names=names)
+
     with environment_faults():
         with pool_over(source.shards.values(), backend, budget) as pool:
-            pool.run((partial(_amax, batch=b) for job in jobs for b in batches(job, budget)), done)
+            pool.run(tasks(), done)
         text = amax_text(source_digest(source), dict(sorted(modules.items())))
         partial_file = path.with_name(f"moe-ckpt-{secrets.token_hex(8)}.partial")
         try:
@@ -103,22 +109,21 @@ def _check_out_file(path: Path, in_dir: Path, *, overwrite: bool) -> None:
         raise OutputRefusedError(f"{show(path)}: lies in the input; choose another place")
 
 
-def _amax(worker: Worker, batch: Batch) -> tuple[Batch, list[float]]:
-    return batch, worker.amax(batch)
+def _amax(worker: Worker, batch: Batch, names: Names) -> tuple[Batch, Names, list[float]]:
+    return batch, names, worker.amax(batch)
 
 
-def _jobs(weights: Weights, detection: Detection) -> Iterator[Job]:
-    """Jobs to read: routed experts, and every other matrix by itself."""
+def _places(weights: Weights, detection: Detection) -> Iterator[tuple[Place, Names]]:
+    """Routed experts, and every other matrix by itself, with the output modules of each slab."""
     problems = Problems()
-    target = find_format("bf16")
-    make = UnitMaker.to_read(weights, detection, problems)
     for experts in detection.experts:
-        for unit in make.of_experts(experts, target):
-            if isinstance(unit, QuantUnit):
-                yield from unit.jobs
+        for side in experts.sides:
+            numbers = range(experts.num_experts)
+            names = tuple(expert_modules(experts, side, expert) for expert in numbers)
+            yield place_of_experts(weights, experts, side, problems), names
     consumed = {name for experts in detection.experts for name in experts.tensors}
     for name, info in weights.tensors.items():
         if name not in consumed and info.dtype in FLOATS and is_matrix(name, info.shape):
-            for unit in make.of_linears((module_of(name),), target):
-                yield from unit.jobs
+            module = detection.output_name(module_of(name))
+            yield place_of_linears(weights, [name]), ((module,),)
     problems.check()

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .. import __version__
 from ..errors import UsageError, VerifyError, show
-from .process import ignore_signals
-from .shared_options import experts_options, in_argument, json_option, limit_options, named
+from ..version import __version__
+from .shared_options import in_argument, json_option, limit_options, named, plan_options
+from .signals import ignore_signals
 from .terminal import print_json, say, say_notes
 
 if TYPE_CHECKING:
@@ -29,62 +29,8 @@ def cli() -> None:
 @cli.command()
 @in_argument
 @click.argument("out_dir", metavar="OUT", callback=named)
-@click.option(
-    "--stats",
-    multiple=True,
-    metavar="FILE",
-    callback=named,
-    help="Activation statistics; may be given more than once, the maximum counts.",
-)
-@click.option(
-    "--format",
-    metavar="NAME",
-    help="Number format, nvfp4 if not given; `moe-ckpt formats` lists them.",
-)
-@click.option(
-    "--quantize",
-    metavar="WHAT",
-    help="experts: routed experts only, if not given; linear: every linear layer.",
-)
-@click.option(
-    "--recipe",
-    metavar="FILE",
-    callback=named,
-    help="TOML that says which modules become which format, instead of the two above.",
-)
-@click.option(
-    "--dialect",
-    metavar="NAME",
-    help="modelopt, compressed-tensors or fp8; what most runtimes load if not given.",
-)
-@click.option(
-    "--kv-cache",
-    default="none",
-    show_default=True,
-    help="fp8: write scales for an FP8 KV cache, from output_amax in the statistics.",
-)
-@click.option(
-    "--weight-amax",
-    metavar="FILE",
-    callback=named,
-    help="What `moe-ckpt scan` found in IN; saves a pass over it.",
-)
-@click.option(
-    "--allow-requantize",
-    is_flag=True,
-    help="Round 4-bit weights a second time, to another 4-bit format.",
-)
-@experts_options
+@plan_options()
 @limit_options
-@click.option(
-    "--max-shard-size", default="5GB", show_default=True, help="Tensors in one output file."
-)
-@click.option(
-    "--missing-stats",
-    default="error",
-    show_default=True,
-    help="error, or constant: input scale 1.0 where statistics are missing.",
-)
 @click.option("--overwrite", is_flag=True, help="Remove an earlier conversion in OUT, start anew.")
 @click.option(
     "--trust-journal",
@@ -126,16 +72,15 @@ def convert(
     """
     from pathlib import Path
 
-    from ..output.out_dir import check_out_dir
+    from ..conversion import execute, prepare
+    from ..limits import Limits
     from ..output.resume import check_resumable
-    from ..planning.options import Limits
-    from ..planning.planner import make_plan
-    from ..report.plan_report import plan_document, plan_lines, result_lines
+    from ..report.plan_report import plan_document, plan_lines
+    from ..report.result_report import result_document, result_lines
     from .progress import Progress
 
     limits = Limits(workers, memory, device_memory)
-    check_out_dir(Path(in_dir), Path(out_dir), overwrite=overwrite)
-    plan = make_plan(in_dir, **options)
+    plan = prepare(in_dir, out_dir, overwrite=overwrite, **options)
     if not quiet and (verbose or dry_run):
         say(plan_lines(plan, limits))
     say_notes(plan, quiet)
@@ -144,7 +89,6 @@ def convert(
         if as_json:
             print_json(plan_document(plan, limits))
         return
-    from ..conversion import execute
     from ..engines import backend_for
 
     backend = backend_for(device)
@@ -167,15 +111,12 @@ def convert(
     if not quiet:
         say(result_lines(result))
     if as_json:
-        done = {"out_dir": str(result.out_dir), "device": result.device, "seconds": result.seconds}
-        done |= {"resumed_shards": result.resumed, "was_complete": result.was_complete}
-        done["verified"] = dict(result.verified)
-        print_json(plan_document(plan, limits) | {"result": done})
+        print_json(result_document(result, limits))
 
 
 @cli.command()
 @in_argument
-@experts_options
+@plan_options("experts", "layout", "gate_up_order")
 @json_option
 def inspect(in_dir: str, as_json: bool, **options: Unpack[PlanOptions]) -> None:
     """Show what is in the checkpoint folder IN, and what a default conversion would do."""
@@ -194,10 +135,15 @@ def inspect(in_dir: str, as_json: bool, **options: Unpack[PlanOptions]) -> None:
 @cli.command()
 @in_argument
 @click.option(
-    "-o", "--output", "out_file", required=True, metavar="FILE", callback=named, help="To write."
+    "-o",
+    "--output",
+    "out_file",
+    required=True,
+    metavar="FILE",
+    callback=named,
+    help="The file to write.",
 )
-@click.option("--layout", metavar="NAME", help="See convert.")
-@click.option("--gate-up-order", metavar="ORDER", help="See convert.")
+@plan_options("layout", "gate_up_order")
 @limit_options
 @click.option("--overwrite", is_flag=True, help="Replace FILE.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
@@ -215,7 +161,7 @@ def scan(
 ) -> None:
     """Find the largest magnitude of every weight in IN, for convert --weight-amax."""
     from ..engines import backend_for
-    from ..planning.options import Limits
+    from ..limits import Limits
     from ..scan import scan as scan_folder
 
     count = scan_folder(
@@ -267,7 +213,7 @@ def verify(
     with --source, whether the weights are those of IN.
     """
     from ..engines import backend_for
-    from ..planning.options import Limits
+    from ..limits import Limits
     from ..report.verification import document, lines, outcome
     from ..verify import verify as verify_folder
 

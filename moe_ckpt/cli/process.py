@@ -14,19 +14,19 @@ from typing import Any, NoReturn
 import click
 
 from ..errors import EnvironmentFaultError, InterruptedConversionError, MoeCkptError, show
+from .signals import SIGNALS, ignore_signals
 from .terminal import print_error
 
-__all__ = ["ignore_signals", "main", "run"]
+__all__ = ["main", "run"]
 
 _SHOWN_PROBLEMS = 20
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main() -> NoReturn:
     """Run the command line and exit with the code that the error tree documents."""
     # numba imports it to look for a BLAS that no kernel uses, which takes longer than all of ours.
     sys.modules.setdefault("scipy", None)  # type: ignore[arg-type]
-    for number in _SIGNALS:
+    for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup wants hangups ignored
             signal.signal(number, _terminate)
     from .commands import cli
@@ -81,9 +81,3 @@ def _fail(error: MoeCkptError) -> int:
 
 def _terminate(signum: int, _frame: FrameType | None) -> NoReturn:
     raise InterruptedConversionError(128 + signum)
-
-
-def ignore_signals() -> None:
-    """From now on nothing interrupts."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

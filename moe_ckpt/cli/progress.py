@@ -9,7 +9,7 @@ from contextlib import suppress
 from tqdm import tqdm
 
 from ..plan import OutShard, Plan
-from ..report.plan_report import size
+from ..report.text import size
 
 __all__ = ["Progress"]
 

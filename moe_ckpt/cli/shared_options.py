@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import Field, fields
 from typing import Any
 
 import click
 
-__all__ = ["experts_options", "in_argument", "json_option", "limit_options", "named"]
+from ..planning.options import Options, flag_of
+
+__all__ = ["in_argument", "json_option", "limit_options", "named", "plan_options"]
 
 
 def named(_context: click.Context, _parameter: click.Parameter, value: Any) -> Any:
@@ -20,29 +23,31 @@ def named(_context: click.Context, _parameter: click.Parameter, value: Any) -> A
 in_argument = click.argument("in_dir", metavar="IN", callback=named)
 
 
-def experts_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What a command is told of the experts, stored and written."""
-    for option in (
-        click.option(
-            "--gate-up-order",
-            metavar="ORDER",
-            help="concat or interleaved: how gate and up lie in one tensor of IN, where that is open.",
-        ),
-        click.option(
-            "--layout",
-            metavar="NAME",
-            help="How IN stores experts, where headers and model type leave it open; see layouts.",
-        ),
-        click.option(
-            "--experts",
-            default="auto",
-            show_default=True,
-            help="split: a matrix for each; fused: as ModelOpt fuses Llama 4 and gpt-oss; "
-            "auto: what most runtimes read.",
-        ),
-    ):
-        command = option(command)
-    return command
+def plan_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options of a plan, from the fields of `Options`: those of these names, or all."""
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(fields(Options)):
+            if not names or option.name in names:
+                command = _plan_option(option)(command)
+        return command
+
+    return add
+
+
+def _plan_option(option: Field[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    flag, default = flag_of(option), option.default
+    if isinstance(default, bool):
+        return click.option(flag.name, is_flag=True, help=flag.help)
+    return click.option(
+        flag.name,
+        default=None if default == () else default,
+        multiple=isinstance(default, tuple),
+        metavar=flag.metavar,
+        show_default=isinstance(default, str),
+        callback=named if flag.is_file else None,
+        help=flag.help,
+    )
 
 
 def limit_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -50,19 +55,30 @@ def limit_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option(
             "--device-memory",
+            metavar="SIZE",
             default="2GiB",
             show_default=True,
             help="All buffers on the GPU together.",
         ),
         click.option(
             "--memory",
+            metavar="SIZE",
             default="256MiB",
             show_default=True,
             help="All buffers together; the program and about 1 KiB per tensor come on top.",
         ),
-        click.option("--workers", type=int, help="Threads; if not given one per core, 16 at most."),
         click.option(
-            "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+            "--workers",
+            type=int,
+            metavar="N",
+            help="Threads; if not given one per core, at most 16, or 8 with CUDA.",
+        ),
+        click.option(
+            "--device",
+            metavar="DEVICE",
+            default="auto",
+            show_default=True,
+            help="auto, cpu, cuda or cuda:N.",
         ),
     ):
         command = option(command)

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import UsageError
+from ..formats import UNQUANTIZED
+from ..runtimes import TRANSFORMERS
 from . import plain
 from .compressed_tensors import write as compressed_tensors
 from .dialect import Assignment, Dialect, QuantizedExperts, Spelling
 from .fp8 import write as fp8
-from .matching import TRANSFORMERS, UNQUANTIZED
 from .modelopt import write as modelopt
 
 __all__ = ["DIALECTS", "Assignment", "Dialect", "QuantizedExperts", "Spelling"]
-__all__ += ["dialect_for", "find_dialect", "loaders_of"]
+__all__ += ["dialect_for", "dialect_that_writes", "find_dialect", "runtimes_of_spelling"]
 
 # In the order in which they are tried for several formats.
 DIALECTS: tuple[Dialect, ...] = (
@@ -43,6 +44,12 @@ def find_dialect(name: str) -> Dialect:
             return dialect
     known = ", ".join(dialect.name for dialect in DIALECTS)
     raise UsageError(f"dialect {name!r} is unknown; choose {known}")
+
+
+def dialect_that_writes(method: str) -> Dialect | None:
+    """The dialect of a ``quant_method``, which has its name; None if nothing here writes it."""
+    known = (dialect for dialect in DIALECTS if dialect is not plain.DIALECT)
+    return next((dialect for dialect in known if dialect.name == method), None)
 
 
 def dialect_for(formats: Sequence[str], wanted: str | None = None) -> Dialect:
@@ -74,7 +81,7 @@ def dialect_for(formats: Sequence[str], wanted: str | None = None) -> Dialect:
     raise UsageError(f"no dialect writes {' with '.join(asked)}: {reasons}")
 
 
-def loaders_of(
+def runtimes_of_spelling(
     dialect: Dialect, experts: Sequence[str], linears: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """The runtimes that read experts and linear layers of these formats in the dialect.
@@ -84,7 +91,7 @@ def loaders_of(
     stay, it takes the format of linear layers for theirs (integrations/compressed_tensors.py,
     get_experts_scheme and CompressedTensorsDequantize).
     """
-    known = [dialect.spellings[name].loaders for name in (*experts, *linears)]
+    known = [dialect.spellings[name].runtimes for name in (*experts, *linears)]
     theirs = {name for name in experts if name != UNQUANTIZED}
     taken = theirs or {name for name in linears if name != UNQUANTIZED}
     packed = any(dialect.spellings[n].suffixes["qweight"] == "weight_packed" for n in taken)
@@ -92,7 +99,7 @@ def loaders_of(
     return tuple(
         name
         for name in known[0]
-        if all(name in loaders for loaders in known) and not (unread and name == TRANSFORMERS)
+        if all(name in runtimes for runtimes in known) and not (unread and name == TRANSFORMERS)
     )
 
 

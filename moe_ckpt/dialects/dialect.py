@@ -6,23 +6,53 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..formats import UNQUANTIZED
+
 __all__ = ["Assignment", "Dialect", "QuantizedExperts", "Spelling"]
+__all__ += ["plain_spelling", "refused", "written"]
 
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """How a dialect writes one number format.
+    """How one number format is spelled under one ``quant_method``.
 
+    ``format``: the number format. ``what``: what people call weights that are stored so.
     ``suffixes``: what follows the module's name, for each role of the format's parts.
-    ``inverse``: roles of which the dialect stores the reciprocal.
+    ``runtimes``: the runtimes that read a Mixture-of-Experts model written so.
+    ``why_not``: why a runtime does not, where more can be said than that.
+    ``not_written``: why it is only read here, and not written; '' if it is written.
+    ``is_source``: whether sources that are quantized so are read; verification reads all.
+    ``inverse``: roles of which the reciprocal is stored.
     ``shape_suffix``: suffix of a tensor int64 [2] that holds N and K; '' for none.
-    ``loaders``: the runtimes that read a Mixture-of-Experts model written so.
+    ``scale_dtypes``: the dtypes in which a role is found in sources, where they are not those
+        that stand for the dtype of its part, see `source.encodings`.
     """
 
+    format: str
+    what: str
     suffixes: Mapping[str, str]
-    loaders: tuple[str, ...]
+    runtimes: tuple[str, ...]
+    why_not: Mapping[str, str] = field(default_factory=dict)
+    not_written: str = ""
+    is_source: bool = True
     inverse: frozenset[str] = frozenset()
     shape_suffix: str = ""
+    scale_dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def plain_spelling(runtimes: tuple[str, ...]) -> Spelling:
+    """How what is not quantized is spelled in every dialect."""
+    return Spelling(UNQUANTIZED, "", {"qweight": "weight"}, runtimes)
+
+
+def written(table: Sequence[Spelling]) -> dict[str, Spelling]:
+    """The formats of a table that are written, and how."""
+    return {row.format: row for row in table if not row.not_written}
+
+
+def refused(table: Sequence[Spelling]) -> dict[str, str]:
+    """The formats of a table that are only read, and why."""
+    return {row.format: row.not_written for row in table if row.not_written}
 
 
 @dataclass(frozen=True, slots=True)

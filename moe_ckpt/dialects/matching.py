@@ -11,14 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import LayoutError, show
+from ..formats import UNQUANTIZED
 from .dialect import Assignment, QuantizedExperts
 
-__all__ = ["SGLANG", "TRANSFORMERS", "TRTLLM", "VLLM"]
-__all__ += ["UNQUANTIZED", "Built", "Reader", "Rule", "UndecidedError"]
+__all__ = ["Built", "Reader", "Rule", "UndecidedError"]
 __all__ += ["all_or_none", "built_modules", "built_of", "check", "formats_of"]
-
-VLLM, SGLANG, TRTLLM, TRANSFORMERS = "vLLM", "SGLang", "TensorRT-LLM", "transformers"
-UNQUANTIZED = "bf16"
 
 FUSED: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),

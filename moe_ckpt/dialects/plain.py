@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..runtimes import RUNTIMES
 from .config import with_quantization
-from .dialect import Assignment, Dialect, Spelling
-from .matching import SGLANG, TRANSFORMERS, TRTLLM, UNQUANTIZED, VLLM
+from .dialect import Assignment, Dialect, plain_spelling, written
 
 __all__ = ["DIALECT"]
 
@@ -20,9 +20,7 @@ def config_files(config: Mapping[str, Any], _assignment: Assignment) -> dict[str
 DIALECT = Dialect(
     name="none",
     summary="not quantized: what a model hub calls the bf16 checkpoint",
-    spellings={
-        UNQUANTIZED: Spelling({"qweight": "weight"}, (VLLM, SGLANG, TRTLLM, TRANSFORMERS)),
-    },
+    spellings=written([plain_spelling(RUNTIMES)]),
     config_files=config_files,
     stacks=True,
 )

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import show
-from ..source.declared import Announced
-from .compressed_tensors.read import read_compressed
-from .fp8.match import fp8_readers
-from .matching import SGLANG, TRANSFORMERS, TRTLLM, VLLM, Built
-from .modelopt.read import read_modelopt
-from .reading import Reading, texts_of
+from .methods import METHODS
+from .reading import Reading
 
 __all__ = ["Reading", "read_config"]
 
-_BLOCKS = {(128, 128): "fp8-block", (1, 32): "mxfp8"}
-_KEPT, _IGNORED = "modules_to_not_convert", "ignored_layers"
-_NAMES_OF_MODELOPT = ("modelopt", *(f"modelopt_{of}" for of in ("fp4", "fp8", "mixed", "mxfp8")))
 
-
-def read_config(said: Announced) -> Reading:
-    """Read what one file says of quantization."""
+def read_config(method: str, said: Mapping[str, Any]) -> Reading:
+    """Read what one file says of quantization, where that is ``method``."""
     reading = Reading()
-    read = _METHODS.get(said.method)
-    named = said.said.get("quant_method")
-    if "quant_method" not in said.said:
+    known = METHODS.get(method)
+    named = said.get("quant_method")
+    if "quant_method" not in said:
         reading.problems.append("has no quant_method, by which runtimes know what it is")
-    elif read is None or (said.method == "modelopt" and named not in _NAMES_OF_MODELOPT):
+    elif known is None or (known.names and named not in known.names):
         reading.problems.append(
-            f"quant_method {show(named)!r} is unknown; known are {', '.join(_METHODS)}"
+            f"quant_method {show(named)!r} is unknown; known are {', '.join(METHODS)}"
         )
-    if read is None:
+    if known is None:
         return reading
-    _check_kv_cache(said.said, said.method, reading)
-    read(said.said, reading)
+    _check_kv_cache(said, method, reading)
+    known.read(said, reading)
     return reading
 
 
@@ -50,64 +42,3 @@ def _check_kv_cache(said: Mapping[str, Any], method: str, reading: Reading) -> N
         reading.problems.append(
             f"kv_cache_scheme is {show(scheme)}; expected numbers of 8 bits, type float, or null"
         )
-
-
-def _fp8(said: Mapping[str, Any], reading: Reading) -> None:
-    block = said.get("weight_block_size")
-    found: str | None = "fp8-tensor"
-    if block is not None:
-        sizes = tuple(block) if isinstance(block, list) else ()
-        found = _BLOCKS.get(sizes) if all(isinstance(n, int) for n in sizes) else None
-    if found is None:
-        reading.problems.append(
-            f"weight_block_size is {show(block)}; runtimes know [128, 128] and MX's [1, 32]"
-        )
-        return
-    if found == "fp8-tensor" and said.get("activation_scheme") == "static":
-        reading.static.add(found)
-    if said.get("activation_scheme") not in ("dynamic", "static"):
-        reading.problems.append(
-            f"activation_scheme is {show(said.get('activation_scheme'))}; expected dynamic"
-        )
-    _listed(said, found, reading)
-
-
-def _listed(said: Mapping[str, Any], found: str, reading: Reading) -> None:
-    """vLLM and SGLang look for ``ignored_layers`` first, the others only for the other key."""
-    ignored = texts_of(said.get(_IGNORED), _IGNORED, reading)
-    reading.has_list = False
-    kept = texts_of(said.get(_KEPT), _KEPT, reading)
-    reading.entries = (*ignored, *kept)
-    reading.readers = fp8_readers(kept, found)
-    if ignored:
-        first = fp8_readers(ignored, found)
-        reading.readers |= {VLLM: first[VLLM], SGLANG: first[SGLANG]}
-
-
-def _mxfp8(said: Mapping[str, Any], reading: Reading) -> None:
-    _listed(said, "mxfp8", reading)
-
-
-def _fbgemm(said: Mapping[str, Any], reading: Reading) -> None:
-    _listed(said, "fp8-channel", reading)
-
-
-def _mxfp4(said: Mapping[str, Any], reading: Reading) -> None:
-    """All runtimes quantize the experts, and read no list for them."""
-    reading.entries = texts_of(said.get(_KEPT), _KEPT, reading)
-
-    def read(module: Built) -> str | None:
-        return "mxfp4" if module.is_experts else None
-
-    names: Iterable[str] = (VLLM, SGLANG, TRTLLM, TRANSFORMERS)
-    reading.readers = dict.fromkeys(names, read)
-
-
-_METHODS: dict[str, Callable[[Mapping[str, Any], Reading], None]] = {
-    "modelopt": read_modelopt,
-    "compressed-tensors": read_compressed,
-    "fp8": _fp8,
-    "fbgemm_fp8": _fbgemm,
-    "mxfp8": _mxfp8,
-    "mxfp4": _mxfp4,
-}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import show
+from ..formats import find_format
 from .expressions import problem_with
 from .matching import Reader
 
@@ -60,7 +61,7 @@ def first_of(said: Mapping[str, Any], *keys: str) -> tuple[str, Any]:
 
 def require_scale(found: str, reading: Reading) -> None:
     """Note that activations of a format have a scale that is stored, if they have one."""
-    if found in ("nvfp4", "fp8-tensor"):
+    if find_format(found).input_scale:
         reading.static.add(found)
 
 

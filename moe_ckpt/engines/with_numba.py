@@ -1,6 +1,6 @@
 """The kernels of `moe_ckpt.kernels` on a CPU, without torch.
 
-Rows are handed to kernels as flat arrays with strides, for compiled loops over contiguous items.
+A format without a kernel is done by torch.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from ..formats import QuantFormat, find_format
 from ..kernels import dequantize, quantize, rows
-from ..plan import Encoded
+from ..kernels.elements import flat
 from ..source.items import numbers
-from . import Backend
+from ..source.stored import Encoded
+from .engine import Backend
 
 if TYPE_CHECKING:
     from .with_torch import TorchEngine
@@ -67,36 +67,20 @@ class NumbaEngine:
         skip: int,
     ) -> None:
         """Put the weights that parts stand for, but ``skip`` rows, into ``out``."""
+        kernel = dequantize.KERNELS.get(find_format(encoded.format).module)
+        if kernel is None:
+            engine = _torch()
+            engine.decode(encoded, parts, engine.weights(out), skip)
+            return
         code = next(part for part in encoded.parts if part.role == "qweight")
-        bytes_ = parts["qweight"]
+        scales = (p for p in encoded.parts if p.role.endswith("_scale"))
+        scaled = next(p for p in scales if p.role != "input_scale")
+        codes = parts["qweight"]
         if code.dtype == "I32":
-            bytes_ = bytes_.view(np.uint8)
-        B, N, K = bytes_.shape
-        halves = code.columns > 1
-        K *= 2 if halves else 1
-        values = self.empty("values", (B, N, K))
-        scale_BNK = _scales(encoded, parts)
-        scaled = next((p for p in encoded.parts if p.role.endswith("_scale") and p.columns), code)
-        row = find_format(encoded.format)
-        arguments = (_flat(bytes_), _flat(scale_BNK))
-        match row.module.partition(":")[0]:
-            case "nvfp4" | "mxfp4":
-                table = dequantize.E2M1
-                dequantize.pairs(*arguments, scaled.columns, table, _flat(values), values.shape)
-            case "int4":
-                table = dequantize.INT4
-                dequantize.pairs(*arguments, scaled.columns, table, _flat(values), values.shape)
-            case "int8_channel":
-                dequantize.int8(*arguments, _flat(values), values.shape)
-            case "fp8_block" | "fp8_channel" | "mxfp8":
-                tile = (scaled.rows, min(scaled.columns, K))
-                dequantize.e4m3(*arguments, tile, _flat(values), values.shape)
-            case "fp8_tensor":
-                dequantize.e4m3(*arguments, (N, K), _flat(values), values.shape)
-            case _:
-                engine = _torch()
-                engine.decode(encoded, parts, engine.weights(out), skip)
-                return
+            codes = codes.view(np.uint8)
+        B, N, K = codes.shape
+        values = self.empty("values", (B, N, 2 * K if code.columns > 1 else K))
+        kernel(codes, _scales(encoded, parts), scaled, values)
         np.copyto(out, values[:, skip:])
 
     def numbers(self, weights: NDArray[Any]) -> NDArray[np.float32]:
@@ -108,11 +92,11 @@ class NumbaEngine:
         B, N, K = weights.shape
         if axis == 2:
             found = np.empty((B, N), np.float32)
-            rows.largest_of_rows(_flat(_bits(weights)), found, (B, N, K))
+            rows.largest_of_rows(flat(_bits(weights)), found, (B, N, K))
             return found
         bits = _bits(weights)
         largest = np.zeros((B, K), bits.dtype)
-        rows.largest_of_columns(_flat(bits), largest, (B, N, K))
+        rows.largest_of_columns(flat(bits), largest, (B, N, K))
         return numbers(largest.view(weights.dtype), _dtype(weights))
 
     def quantize(
@@ -123,36 +107,13 @@ class NumbaEngine:
         out: Mapping[str, NDArray[Any]],
     ) -> None:
         """Put the parts with rows into ``out``."""
-        bits = _bits(self._in_order(weight_BNK))
-        shape = bits.shape
-        N = shape[1]
+        kernel = quantize.KERNELS.get(target.module)
+        if kernel is None:
+            engine = _torch()
+            engine.quantize(target, engine.weights(weight_BNK), scale, out)
+            return
         results = {role: self._in_rows(role, items) for role, items in out.items()}
-        made = {role: _flat(items) for role, items in results.items()}
-        qweight, block_scale = made["qweight"], made.get("block_scale")
-        weight = _flat(bits)
-        name, _, group = target.module.partition(":")
-        match name:
-            case "nvfp4":
-                quantize.nvfp4(weight, scale, qweight, block_scale, shape)
-            case "mxfp4" | "mxfp8" | "fp8_block":
-                getattr(quantize, name)(weight, qweight, block_scale, shape)
-            case "int4":
-                codes = _flat(results["qweight"].view(np.uint8))
-                quantize.int4(weight, int(group[1:]), codes, block_scale, shape)
-            case "fp8_tensor" if scale is not None:
-                quantize.fp8_rows(weight, np.repeat(scale[:, None], N, 1), qweight, shape)
-            case "fp8_channel":
-                quantize.fp8_rows(weight, scale, qweight, shape)
-            case "int8_channel":
-                quantize.int8_rows(weight, scale, qweight, shape)
-            case "bf16":
-                quantize.to_bf16(weight, qweight, shape)
-            case _:
-                engine = _torch()
-                engine.quantize(target, engine.weights(weight_BNK), scale, out)
-                return
-        if scale is not None and "channel_scale" in out:
-            results["channel_scale"][:] = scale[:, :, None]
+        kernel(_bits(self._in_order(weight_BNK)), scale, results)
         for role, items in out.items():
             if results[role] is not items:
                 np.copyto(items, results[role])
@@ -189,16 +150,6 @@ def _bits(weights: NDArray[Any]) -> NDArray[Any]:
 
 def _dtype(weights: NDArray[Any]) -> str:
     return "BF16" if weights.dtype == np.uint16 else "F32"
-
-
-def _flat(items: NDArray[Any]) -> tuple[NDArray[Any], int, int]:
-    """All items from the first to the last of [B, N, K], and the strides of B and N in items."""
-    B, N, K = items.shape
-    if items.flags.c_contiguous:
-        return items.reshape(-1), N * K, K
-    of_matrix, of_row, _ = (stride // items.itemsize for stride in items.strides)
-    span = (B - 1) * of_matrix + (N - 1) * of_row + K
-    return as_strided(items, (span,), (items.itemsize,)), of_matrix, of_row
 
 
 def _scales(encoded: Encoded, parts: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:

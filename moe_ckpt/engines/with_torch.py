@@ -16,8 +16,8 @@ from ..errors import show
 from ..formats import QuantFormat, e8m0, find_format
 from ..formats.amax import abs_max
 from ..formats.scratch import Scratch
-from ..plan import Encoded
-from . import Backend
+from ..source.stored import Encoded
+from .engine import Backend
 
 __all__ = ["TorchEngine", "backend", "cpu_engine", "cuda_devices", "kernels_for"]
 
@@ -163,7 +163,7 @@ class TorchEngine:
         """Put the parts with rows into ``out``."""
         dtypes = {part.role: part.dtype for part in target.parts}
         results = {role: _tensor(items, dtypes[role]) for role, items in out.items()}
-        name = target.module.partition(":")[0]
+        name = target.module
         with self._on_stream():
             scales = None if scale is None else torch.from_numpy(scale).to(self._device)
             if self._kernels and name in self._kernels.FORMATS:

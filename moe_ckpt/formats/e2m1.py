@@ -24,7 +24,7 @@ __all__ = ["MAX", "VALUES", "decode", "encode"]
 MAX = 6.0
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
-# Of a bfloat16, the upper half of a float32:
+# Bits of a bfloat16, which is the upper half of a float32:
 _EXPONENT = 0x7F80
 _ONE = 0x3F80  # the exponent of 1.0; smaller values are as far apart as those from 1 to 2
 _UP_22 = 22 << 7  # adds 22 to the exponent

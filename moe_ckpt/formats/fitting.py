@@ -29,7 +29,7 @@ def formats_that_fit(shapes: Sequence[tuple[int, ...]]) -> str:
     found: dict[tuple[int, ...], list[str]] = {}
     for row in FORMATS:
         fits = all(n % row.n_multiple == 0 and k % row.k_multiple == 0 for n, k in shapes)
-        if fits and row.name != "bf16":
+        if fits and row.is_quantized:
             found.setdefault(tensor_parallel_sizes(row, shapes[-1][1]), []).append(row.name)
     named = (
         f"{', '.join(names)} (tensor parallel {', '.join(map(str, sizes))})"

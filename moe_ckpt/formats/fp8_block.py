@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from . import e4m3
 from .amax import abs_max, scale_of
-from .scratch import Scratch
+from .scratch import Scratch, placed
 
 __all__ = ["BLOCK", "dequantize", "quantize"]
 
@@ -61,11 +61,9 @@ def quantize(
     block_scale = scale_of(amax, e4m3.MAX)
     tiles /= block_scale[:, :, None, :, None]
     padded.clamp_(-e4m3.MAX, e4m3.MAX)
-    if not out:
-        return {"qweight": scaled.to(torch.float8_e4m3fn), "block_scale": block_scale}
     return {
-        "qweight": out["qweight"].copy_(scaled),
-        "block_scale": out["block_scale"].copy_(block_scale),
+        "qweight": placed(out, "qweight", scaled, torch.float8_e4m3fn),
+        "block_scale": placed(out, "block_scale", block_scale, torch.float32),
     }
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 
 from . import e4m3
-from .scratch import Scratch
+from .scratch import Scratch, placed
 
 __all__ = ["dequantize", "quantize"]
 
@@ -43,11 +43,9 @@ def quantize(
     scaled = scratch.empty("scaled", tuple(weight_BNK.shape), torch.float32).copy_(weight_BNK)
     scaled /= channel_scale
     scaled.clamp_(-e4m3.MAX, e4m3.MAX)
-    if not out:
-        return {"qweight": scaled.to(torch.float8_e4m3fn), "channel_scale": channel_scale}
     return {
-        "qweight": out["qweight"].copy_(scaled),
-        "channel_scale": out["channel_scale"].copy_(channel_scale),
+        "qweight": placed(out, "qweight", scaled, torch.float8_e4m3fn),
+        "channel_scale": placed(out, "channel_scale", channel_scale, torch.float32),
     }
 
 

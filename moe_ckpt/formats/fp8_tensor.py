@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 
 from . import e4m3
-from .scratch import Scratch
+from .scratch import Scratch, placed
 
 __all__ = ["dequantize", "quantize"]
 
@@ -43,8 +43,7 @@ def quantize(
     scaled = scratch.empty("scaled", tuple(weight_BNK.shape), torch.float32).copy_(weight_BNK)
     scaled /= scale_B.view(-1, 1, 1)
     scaled.clamp_(-e4m3.MAX, e4m3.MAX)
-    qweight = out["qweight"].copy_(scaled) if out else scaled.to(torch.float8_e4m3fn)
-    return {"qweight": qweight}
+    return {"qweight": placed(out, "qweight", scaled, torch.float8_e4m3fn)}
 
 
 def dequantize(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:

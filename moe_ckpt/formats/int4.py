@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from .amax import abs_max, scale_of
-from .scratch import Scratch
+from .scratch import Scratch, placed
 
-__all__ = ["G32", "G64", "G128", "Int4"]
+__all__ = ["Int4", "of_group"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Int4:
         limits = torch.finfo(out["block_scale"].dtype if out else torch.bfloat16)
         scale = scale_of(abs_max(groups, scratch), 7.5)
         scale.clamp_(limits.smallest_normal * limits.eps, limits.max)  # matters for fp16 only
-        block_scale = out["block_scale"].copy_(scale) if out else scale.bfloat16()
+        block_scale = placed(out, "block_scale", scale, torch.bfloat16)
         scaled = scratch.empty("scaled", tuple(groups.shape), torch.float32).copy_(groups)
         scaled /= block_scale.float().unsqueeze(-1)
         scaled.round_().clamp_(-8, 7).add_(8)
@@ -72,6 +72,6 @@ class Int4:
         return (values.view(*scale.shape, self.group) * scale.unsqueeze(-1)).flatten(-2)
 
 
-G128 = Int4(128)
-G64 = Int4(64)
-G32 = Int4(32)
+def of_group(group: int) -> Int4:
+    """The codec for groups of this size."""
+    return Int4(group)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .scratch import Scratch
+from .scratch import Scratch, placed
 
 __all__ = ["dequantize", "quantize"]
 
@@ -42,11 +42,9 @@ def quantize(
     scaled = scratch.empty("scaled", tuple(weight_BNK.shape), torch.float32).copy_(weight_BNK)
     scaled /= channel_scale
     scaled.round_().clamp_(-128, 127)
-    if not out:
-        return {"qweight": scaled.to(torch.int8), "channel_scale": channel_scale}
     return {
-        "qweight": out["qweight"].copy_(scaled),
-        "channel_scale": out["channel_scale"].copy_(channel_scale),
+        "qweight": placed(out, "qweight", scaled, torch.int8),
+        "channel_scale": placed(out, "channel_scale", channel_scale, torch.float32),
     }
 
 

@@ -17,7 +17,7 @@ import torch
 
 from . import e2m1, e8m0
 from .amax import abs_max
-from .scratch import Scratch
+from .scratch import Scratch, placed
 
 __all__ = ["BLOCK", "dequantize", "quantize"]
 
@@ -47,9 +47,10 @@ def quantize(
     scaled = scratch.empty("scaled", tuple(blocks.shape), torch.float32).copy_(blocks)
     scaled *= e8m0.inverse(block_scale).unsqueeze(-1)
     qweight = e2m1.encode(scaled.view(B, N, K), out["qweight"] if out else None, scratch)
-    if out:
-        block_scale = out["block_scale"].copy_(block_scale)
-    return {"qweight": qweight, "block_scale": block_scale}
+    return {
+        "qweight": qweight,
+        "block_scale": placed(out, "block_scale", block_scale, torch.uint8),
+    }
 
 
 def dequantize(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:

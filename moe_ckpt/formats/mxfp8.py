@@ -16,7 +16,7 @@ import torch
 
 from . import e4m3, e8m0
 from .amax import abs_max
-from .scratch import Scratch
+from .scratch import Scratch, placed
 
 __all__ = ["BLOCK", "dequantize", "quantize"]
 
@@ -46,11 +46,9 @@ def quantize(
     scaled = scratch.empty("scaled", tuple(blocks.shape), torch.float32).copy_(blocks)
     scaled *= e8m0.inverse(block_scale).unsqueeze(-1)
     scaled = scaled.view(B, N, K)
-    if not out:
-        return {"qweight": scaled.to(torch.float8_e4m3fn), "block_scale": block_scale}
     return {
-        "qweight": out["qweight"].copy_(scaled),
-        "block_scale": out["block_scale"].copy_(block_scale),
+        "qweight": placed(out, "qweight", scaled, torch.float8_e4m3fn),
+        "block_scale": placed(out, "block_scale", block_scale, torch.uint8),
     }
 
 

@@ -9,7 +9,7 @@
 A weight is code * block_scale * global_scale. The order of operations is ModelOpt's
 (nvfp4_tensor.py, get_weights_scaling_factor and quantize): the block scale is rounded to E4M3
 before the weights are divided by it. A block of zeros has scale 1.0, a matrix of zeros also
-global scale 1.0. A global scale is at least the smallest normal float32, for loaders invert it.
+global scale 1.0. A global scale is at least the smallest normal float32, for runtimes invert it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from . import e2m1, e4m3
 from .amax import abs_max
-from .scratch import Scratch
+from .scratch import Scratch, placed
 
 __all__ = ["BLOCK", "dequantize", "quantize"]
 
@@ -55,9 +55,10 @@ def quantize(
     scaled = scratch.empty("scaled", tuple(blocks.shape), torch.float32).copy_(blocks)
     scaled /= divisor.unsqueeze(-1)
     qweight = e2m1.encode(scaled.view(B, N, K), out["qweight"] if out else None, scratch)
-    if out:
-        block_scale = out["block_scale"].copy_(block_scale)
-    return {"qweight": qweight, "block_scale": block_scale}
+    return {
+        "qweight": qweight,
+        "block_scale": placed(out, "block_scale", block_scale, torch.float8_e4m3fn),
+    }
 
 
 def dequantize(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:

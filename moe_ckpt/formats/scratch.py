@@ -5,11 +5,12 @@ Fresh memory costs a page fault for every 4 KiB, several times what the arithmet
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 
 import torch
 
-__all__ = ["Scratch"]
+__all__ = ["Scratch", "placed"]
 
 
 class Scratch:
@@ -27,3 +28,10 @@ class Scratch:
             buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
             self._buffers[name] = buffer
         return buffer[:nbytes].view(dtype).view(shape)
+
+
+def placed(
+    out: Mapping[str, torch.Tensor] | None, role: str, values: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """The part of a role: rounded into its place if ``out`` has one, else a tensor of a dtype."""
+    return out[role].copy_(values) if out else values.to(dtype)

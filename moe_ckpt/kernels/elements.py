@@ -14,9 +14,11 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
 
 __all__ = ["F32", "U32", "as_bits", "as_float", "as_number", "compiled", "e2m1", "e4m3"]
-__all__ += ["bf16", "inlined", "largest_of_16", "magnitude", "of_e4m3", "row_of"]
+__all__ += ["bf16", "flat", "inlined", "largest_of_16", "magnitude", "of_e4m3", "row_of"]
 
 F32, U32 = np.float32, np.uint32
 _I32, _FLOAT = ir.IntType(32), ir.FloatType()
@@ -113,6 +115,16 @@ def largest_of_16(_typing: Any, row: Any, _start: Any) -> Any:
         return builder.call(largest, [items])
 
     return row.dtype(row, types.intp), generate
+
+
+def flat(items: NDArray[Any]) -> tuple[NDArray[Any], int, int]:
+    """All items from the first to the last of [B, N, K], and the strides of B and N in items."""
+    B, N, K = items.shape
+    if items.flags.c_contiguous:
+        return items.reshape(-1), N * K, K
+    of_matrix, of_row, _ = (stride // items.itemsize for stride in items.strides)
+    span = (B - 1) * of_matrix + (N - 1) * of_row + K
+    return as_strided(items, (span,), (items.itemsize,)), of_matrix, of_row
 
 
 @compiled

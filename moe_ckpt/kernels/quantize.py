@@ -7,9 +7,11 @@ K. What is computed is said in `moe_ckpt.formats`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .elements import (
     F32,
@@ -21,6 +23,7 @@ from .elements import (
     compiled,
     e2m1,
     e4m3,
+    flat,
     inlined,
     largest_of_16,
     magnitude,
@@ -28,7 +31,7 @@ from .elements import (
     row_of,
 )
 
-__all__ = ["fp8_block", "fp8_rows", "int4", "int8_rows", "mxfp4", "mxfp8", "nvfp4", "to_bf16"]
+__all__ = ["KERNELS", "Kernel"]
 
 
 @inlined
@@ -241,3 +244,56 @@ def to_bf16(weight: Any, qweight: Any, shape: Any) -> None:
             for k in range(K):
                 limit = as_float(U32(0x7F7F0000))
                 codes[k] = bf16(min(max(as_number(row[k]), -limit), limit))
+
+
+# The bits of weights [B, N, K], rows contiguous; scales of matrices [B] or rows [B, N], or None;
+# and where the parts with rows go, by role.
+Kernel = Callable[[NDArray[Any], Any, Mapping[str, NDArray[Any]]], None]
+
+
+def _nvfp4(bits: Any, scale: Any, out: Mapping[str, Any]) -> None:
+    nvfp4(flat(bits), scale, flat(out["qweight"]), flat(out["block_scale"]), bits.shape)
+
+
+def _in_blocks(kernel: Callable[..., None]) -> Kernel:
+    def quantize(bits: Any, _scale: Any, out: Mapping[str, Any]) -> None:
+        kernel(flat(bits), flat(out["qweight"]), flat(out["block_scale"]), bits.shape)
+
+    return quantize
+
+
+def _int4(bits: Any, _scale: Any, out: Mapping[str, Any]) -> None:
+    codes, block_scale = out["qweight"].view(np.uint8), out["block_scale"]
+    group = bits.shape[2] // block_scale.shape[2]
+    int4(flat(bits), group, flat(codes), flat(block_scale), bits.shape)
+
+
+def _fp8_tensor(bits: Any, scale: Any, out: Mapping[str, Any]) -> None:
+    of_rows = np.repeat(scale[:, None], bits.shape[1], 1)
+    fp8_rows(flat(bits), of_rows, flat(out["qweight"]), bits.shape)
+
+
+def _in_rows(kernel: Callable[..., None]) -> Kernel:
+    def quantize(bits: Any, scale: Any, out: Mapping[str, Any]) -> None:
+        kernel(flat(bits), scale, flat(out["qweight"]), bits.shape)
+        out["channel_scale"][:] = scale[:, :, None]
+
+    return quantize
+
+
+def _bf16(bits: Any, _scale: Any, out: Mapping[str, Any]) -> None:
+    to_bf16(flat(bits), flat(out["qweight"]), bits.shape)
+
+
+# The module of a format -> what quantizes to it.
+KERNELS: Mapping[str, Kernel] = {
+    "nvfp4": _nvfp4,
+    "mxfp4": _in_blocks(mxfp4),
+    "mxfp8": _in_blocks(mxfp8),
+    "fp8_block": _in_blocks(fp8_block),
+    "int4": _int4,
+    "fp8_tensor": _fp8_tensor,
+    "fp8_channel": _in_rows(fp8_rows),
+    "int8_channel": _in_rows(int8_rows),
+    "bf16": _bf16,
+}

@@ -173,7 +173,7 @@ class Container:
         return Experts(
             layer=self.layer,
             source=self.source,
-            output=f"{family.loader_name(self.layer)}.{family.split}",
+            output=f"{family.runtime_name(self.layer)}.{family.split}",
             projections=family.projections,
             layout=form.layout,
             order=form.order,

@@ -25,7 +25,7 @@ from .family import Family, Form
 from .given import Given, family_of_unknown, refuse_contradictions, with_layout, with_order
 from .layers import check_layers, refuse_disagreement, stack_of
 from .names import refuse_unrestorable, restore_names
-from .roles import set_aside
+from .roles import module_of, set_aside
 from .sizes import Sizes, model_type_of, num_hidden_layers, sizes_of
 from .table import UNSUPPORTED, find_family
 
@@ -56,6 +56,13 @@ class Detection:
     stacks: frozenset[str]
     num_layers: int | None
     warnings: tuple[str, ...]
+
+    def output_name(self, name: str) -> str:
+        """The output name of a source tensor, or of a source module."""
+        if name in self.renamed:
+            return self.renamed[name]
+        weight = self.renamed.get(f"{name}.weight")
+        return module_of(weight) if weight else name
 
 
 def detect(

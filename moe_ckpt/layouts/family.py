@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["CONCAT", "INTERLEAVED", "LAYOUTS", "ORDERS", "SPLIT", "Family", "Form", "Layout"]
-__all__ += ["SGLANG", "TRANSFORMERS", "TRTLLM", "VLLM"]
+from ..runtimes import SGLANG, TRANSFORMERS, TRTLLM, VLLM
 
-VLLM, SGLANG, TRTLLM, TRANSFORMERS = "vLLM", "SGLang", "TensorRT-LLM", "transformers"
+__all__ = ["CONCAT", "INTERLEAVED", "LAYOUTS", "ORDERS", "SPLIT", "Family", "Form", "Layout"]
+
 CONCAT, INTERLEAVED = ORDERS = ("concat", "interleaved")
 SPLIT = "split"
 
@@ -124,16 +124,18 @@ class Family:
     ``forms``: the other forms that can be read. Two with the same names: the shapes decide, and
         a square matrix cannot be told.
     ``widths``: how many groups of experts, each of its own width, follow one another in a layer.
-    ``renames``: what transformers 5 calls tensors of layers with fused experts, and what loaders
+    ``renames``: what transformers 5 calls tensors of layers with fused experts, and what runtimes
         call them; prefixes of the path below the layer, the first that fits is applied.
     ``prefixes``: the same for the beginnings of whole names.
     ``not_restorable``: parts of names that only transformers 5 writes and this table cannot
         turn back; a checkpoint that has them is refused.
     ``built_as``: routers that runtimes build under names that no tensor has, below the layer.
-    ``loaders``: which have the model and read the split form; TensorRT-LLM is in a list by itself.
-    ``fused_loaders``: which read ModelOpt's fused export of the model, by format; empty if
+    ``runtimes``: which have the model and read the split form, for all of the model types.
+    ``in_tensorrt_llm``: the model types whose classes TensorRT-LLM has (_torch/models/
+        _arch_index.py); it reads their split form.
+    ``fused_runtimes``: which read ModelOpt's fused export of the model, by format; empty if
         ModelOpt has none.
-    ``instead``: what the user must know about the other loaders; what works, if none reads
+    ``instead``: what the user must know about the other runtimes; what works, if none reads
         either form.
     ``in_transformers``: whether transformers has the model.
     ``checked``: how this row is known to be right, see `CHECKS` in the table.
@@ -149,8 +151,9 @@ class Family:
     prefixes: tuple[tuple[str, str], ...] = ()
     not_restorable: tuple[str, ...] = ()
     built_as: tuple[str, ...] = ()
-    loaders: tuple[str, ...] = (VLLM, SGLANG, TRANSFORMERS)
-    fused_loaders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    runtimes: tuple[str, ...] = (VLLM, SGLANG, TRANSFORMERS)
+    in_tensorrt_llm: tuple[str, ...] = ()
+    fused_runtimes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     instead: str = ""
     in_transformers: bool = True
     checked: str = "module"
@@ -169,6 +172,11 @@ class Family:
         """Where the tensors of that form are; E stands for the expert."""
         return f"{self.split}.E.{{{', '.join(self.projections)}}}.weight"
 
+    def split_runtimes(self, model_type: str) -> tuple[str, ...]:
+        """The runtimes that have the model and read its experts one by one."""
+        more = (TRTLLM,) if model_type in self.in_tensorrt_llm else ()
+        return (*self.runtimes, *more)
+
     @property
     def reads_split(self) -> bool:
         """Whether experts are known one by one: where they have biases, they are not."""
@@ -180,8 +188,8 @@ class Family:
         fused = dict.fromkeys(form.layout for form in self.forms)
         return (*fused, *([SPLIT] if self.reads_split else []))
 
-    def loader_name(self, name: str) -> str:
-        """The name that loaders give to a tensor or module whose prefix transformers changes."""
+    def runtime_name(self, name: str) -> str:
+        """The name that runtimes give to a tensor or module whose prefix transformers changes."""
         for old, new in self.prefixes:
             if name.startswith(old):
                 return new + name.removeprefix(old)

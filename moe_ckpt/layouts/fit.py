@@ -67,7 +67,7 @@ def _why_not(shapes: Sequence[tuple[int, ...]]) -> str:
         and layout.solve(shapes) is not None
     ]
     if others:
-        return f"these are {' or '.join(others)}, as files of this family are not"
+        return f"these are {' or '.join(others)}, which this family does not use"
     if len(shapes) == 2 and all(len(shape) == 3 for shape in shapes):
         (_, a, b), (_, c, d) = shapes
         if (a == 2 * c and b == d) or (b == 2 * d and a == c):

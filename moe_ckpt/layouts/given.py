@@ -140,7 +140,7 @@ def family_of_unknown(model_type: str, names: Iterable[str], given: Given) -> Fa
         split=path,
         projections=projections,
         forms=forms,
-        loaders=(),
+        runtimes=(),
         in_transformers=False,
         checked="",
     )

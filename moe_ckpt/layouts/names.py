@@ -1,4 +1,4 @@
-"""Names that transformers changes when it saves a model, and how loaders get them back."""
+"""Names that transformers changes when it saves a model, and how runtimes get them back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def refuse_unrestorable(
     if found:
         problems.add(
             LayoutError,
-            f"{show_some(found)}: transformers renamed these when it saved the model, and loaders "
+            f"{show_some(found)}: transformers renamed these when it saved the model, and runtimes "
             f"of {family.name} do not read the new names; save it again with "
             "save_original_format=True",
         )
@@ -32,14 +32,14 @@ def refuse_unrestorable(
 def restore_names(
     family: Family, experts: list[Experts], tensors: Mapping[str, TensorInfo]
 ) -> dict[str, str]:
-    """The names that loaders read, for tensors that transformers renamed."""
+    """The names that runtimes read, for tensors that transformers renamed."""
     stacks = {stack_of(found.layer) for found in experts if found.layout != SPLIT}
     consumed = {name for found in experts for name in found.tensors}
     renamed: dict[str, str] = {}
     for name in tensors:
         if name in consumed:
             continue
-        new = family.loader_name(_restore_sibling(family, name, stacks))
+        new = family.runtime_name(_restore_sibling(family, name, stacks))
         if new != name:
             renamed[name] = new
     return renamed

@@ -45,7 +45,7 @@ _KEEP: tuple[tuple[str, re.Pattern[str]], ...] = (
 )
 
 # Linear layers under one parent that read the same input: ModelOpt gives them one weight scale
-# and one input scale, and loaders fuse some of them and keep only one.
+# and one input scale, and runtimes fuse some of them and keep only one.
 _SHARED_INPUTS: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = (
     (
         # longcat_flash has self_attn.0 and self_attn.1; of nemotron_h every layer is a mixer

@@ -7,7 +7,9 @@ orders of gate and up. So a model type must be in this table, and the shapes mus
 
 from __future__ import annotations
 
-from .family import INTERLEAVED, SGLANG, TRANSFORMERS, TRTLLM, VLLM, Family, Form
+from ..formats import UNQUANTIZED
+from ..runtimes import SGLANG, TRANSFORMERS, TRTLLM, VLLM
+from .family import INTERLEAVED, Family, Form
 
 __all__ = ["CHECKS", "FAMILIES", "UNSUPPORTED", "find_family"]
 
@@ -16,7 +18,7 @@ SERVERS = (VLLM, SGLANG)
 CHECKS = {
     "export": "output equals ModelOpt's export, byte for byte",
     "module": "output computes what transformers' experts compute",
-    "source": "source code of the loaders only",
+    "source": "source code of the runtimes only",
 }
 
 GATE_UP_PROJ = ("gate_up_proj", "down_proj")
@@ -27,6 +29,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="qwen_moe",
         model_types=("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
+        in_tensorrt_llm=("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
         checked="export",
     ),
     Family(
@@ -47,12 +50,14 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="qwen3_vl_moe",
         model_types=("qwen3_vl_moe", "qwen3_vl_moe_text"),
+        in_tensorrt_llm=("qwen3_vl_moe",),
         forms=(_MLP, Form("fused-transposed", "mlp.experts", GATE_UP_PROJ)),
-        loaders=SERVERS,
+        runtimes=SERVERS,
     ),
     Family(
         name="deepseek",
         model_types=("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm_moe_dsa"),
+        in_tensorrt_llm=("deepseek_v3", "deepseek_v32", "kimi_k2", "glm_moe_dsa"),
         checked="export",
     ),
     Family(
@@ -63,11 +68,12 @@ FAMILIES: tuple[Family, ...] = (
         projections=W1_W3_W2,
         not_restorable=(".mlp.", ".self_attn."),
         instead="runtimes read its NVFP4 experts only beside attention in FP8 blocks",
-        loaders=(),
+        runtimes=(),
     ),
     Family(
         name="kimi_k25",
         model_types=("kimi_k25",),
+        in_tensorrt_llm=("kimi_k25",),
         forms=(),
         # The first three: what transformers writes with save_original_format and should not.
         prefixes=(
@@ -78,10 +84,15 @@ FAMILIES: tuple[Family, ...] = (
         ),
         not_restorable=("model.language_model.",),
     ),
-    Family(name="glm4_moe", model_types=("glm4_moe", "glm4_moe_lite", "glm4v_moe")),
+    Family(
+        name="glm4_moe",
+        model_types=("glm4_moe", "glm4_moe_lite", "glm4v_moe"),
+        in_tensorrt_llm=("glm4_moe",),
+    ),
     Family(
         name="mlp_experts",
         model_types=("olmoe", "afmoe", "cohere2_moe", "hunyuan_v1_moe", "longcat_flash"),
+        in_tensorrt_llm=("afmoe", "hunyuan_v1_moe"),
     ),
     Family(
         name="ernie4_5_moe",
@@ -104,6 +115,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="laguna",
         model_types=("laguna",),
+        in_tensorrt_llm=("laguna",),
         renames=(
             ("mlp.shared_experts.", "mlp.shared_expert."),
             ("mlp.gate.e_score_correction_bias", "mlp.experts.e_score_correction_bias"),
@@ -112,19 +124,20 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="mlp_experts_transformers",
         model_types=("flex_olmo", "dots1", "mellum", "solar_open"),
-        loaders=(TRANSFORMERS,),
+        runtimes=(TRANSFORMERS,),
     ),
     Family(
         name="remote_code",
         model_types=("bailing_moe", "bailing_moe_v2"),
         forms=(),
-        loaders=SERVERS,
+        runtimes=SERVERS,
         in_transformers=False,
         checked="source",
     ),
     Family(
         name="exaone_moe",
         model_types=("exaone_moe",),
+        in_tensorrt_llm=("exaone_moe",),
         renames=(("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias"),),
     ),
     Family(
@@ -135,7 +148,7 @@ FAMILIES: tuple[Family, ...] = (
             ("post_self_attn_layernorm.", "post_attn_norm."),
             ("post_mlp_layernorm.", "post_ffn_norm."),
         ),
-        loaders=(TRANSFORMERS,),
+        runtimes=(TRANSFORMERS,),
     ),
     Family(
         name="hy_v3",
@@ -150,20 +163,20 @@ FAMILIES: tuple[Family, ...] = (
         name="hy_v4",
         model_types=("hy_v4",),
         not_restorable=(".attn_hc.", ".ffn_hc.", ".self_attn.sinks", "model.hc_head."),
-        loaders=SERVERS,
+        runtimes=SERVERS,
     ),
     Family(
         name="axk1",
         model_types=("axk1",),
         renames=(("mlp.post_mlp_layernorm.", "post_mlp_layernorm."),),
-        loaders=(VLLM, TRANSFORMERS),
+        runtimes=(VLLM, TRANSFORMERS),
     ),
     Family(
         name="axk2",
         model_types=("axk2",),
         forms=(),
         not_restorable=("layernorm.mlp.fc", ".q_gate_proj."),
-        loaders=(TRANSFORMERS,),
+        runtimes=(TRANSFORMERS,),
     ),
     Family(
         name="glm5_next",
@@ -171,10 +184,11 @@ FAMILIES: tuple[Family, ...] = (
         forms=(),
         not_restorable=(".attn_hc.", ".ffn_hc.", ".forget_gate."),
     ),
-    Family(name="mistral4", model_types=("mistral4",), loaders=()),
+    Family(name="mistral4", model_types=("mistral4",), runtimes=()),
     Family(
         name="mixtral",
         model_types=("mixtral", "minimax", "minimax_m2"),
+        in_tensorrt_llm=("mixtral", "minimax_m2"),
         split="block_sparse_moe.experts",
         projections=W1_W3_W2,
         renames=(("mlp.", "block_sparse_moe."),),
@@ -190,6 +204,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="minimax_m3",
         model_types=("minimax_m3_vl", "minimax_m3"),
+        in_tensorrt_llm=("minimax_m3_vl", "minimax_m3"),
         forms=(),
         split="block_sparse_moe.experts",
         projections=W1_W3_W2,
@@ -199,6 +214,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="kimi_linear",
         model_types=("kimi_linear",),
+        in_tensorrt_llm=("kimi_linear",),
         forms=(),
         split="block_sparse_moe.experts",
         projections=W1_W3_W2,
@@ -216,11 +232,12 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("jamba",),
         split="feed_forward.experts",
         forms=(Form("fused", "feed_forward.experts", GATE_UP_PROJ),),
-        loaders=(VLLM, TRANSFORMERS),
+        runtimes=(VLLM, TRANSFORMERS),
     ),
     Family(
         name="nemotron_h",
         model_types=("nemotron_h",),
+        in_tensorrt_llm=("nemotron_h",),
         split="mixer.experts",
         projections=("up_proj", "down_proj"),
         forms=(Form("stacked", "mixer.experts", ("up_proj", "down_proj")),),
@@ -231,8 +248,8 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("llama4",),
         split="feed_forward.experts",
         forms=(Form("fused-transposed", "feed_forward.experts", GATE_UP_PROJ),),
-        loaders=(VLLM, SGLANG),
-        fused_loaders={"nvfp4": (VLLM, TRTLLM), "fp8-tensor": (VLLM, TRTLLM)},
+        runtimes=(VLLM, SGLANG),
+        fused_runtimes={"nvfp4": (VLLM, TRTLLM), "fp8-tensor": (VLLM, TRTLLM)},
         checked="export",
     ),
     Family(
@@ -240,8 +257,8 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("llama4_text",),
         split="feed_forward.experts",
         forms=(Form("fused-transposed", "feed_forward.experts", GATE_UP_PROJ),),
-        loaders=(VLLM,),
-        fused_loaders={"nvfp4": (), "fp8-tensor": ()},
+        runtimes=(VLLM,),
+        fused_runtimes={"nvfp4": (), "fp8-tensor": ()},
         instead="SGLang drops the experts of a text-only Llama 4 in any form",
         checked="export",
     ),
@@ -265,15 +282,15 @@ FAMILIES: tuple[Family, ...] = (
                 biases=("gate_up_proj_bias", "down_proj_bias"),
             ),
         ),
-        fused_loaders={
+        fused_runtimes={
             "nvfp4": (SGLANG,),
             "fp8-tensor": (),
-            "bf16": (VLLM, SGLANG, TRANSFORMERS),
+            UNQUANTIZED: (VLLM, SGLANG, TRANSFORMERS),
         },
         instead="SGLang reads it fused after 0.5.23; vLLM 0.33 and TensorRT-LLM load the fused "
         "codes without their scales and say nothing; no runtime reads it split",
         checked="export",
-        loaders=(),
+        runtimes=(),
     ),
     Family(
         name="openai_privacy_filter",
@@ -287,7 +304,7 @@ FAMILIES: tuple[Family, ...] = (
             ),
         ),
         instead="vLLM and transformers read it unquantized",
-        loaders=(),
+        runtimes=(),
     ),
     Family(
         name="aria",
@@ -303,21 +320,22 @@ FAMILIES: tuple[Family, ...] = (
             ("lm_head.", "language_model.lm_head."),
         ),
         instead="vLLM and transformers read fc1 and fc2 of all experts, unquantized",
-        loaders=(),
+        runtimes=(),
     ),
     Family(
         name="gemma4",
         model_types=("gemma4", "gemma4_text"),
+        in_tensorrt_llm=("gemma4", "gemma4_text"),
         split="experts",
         forms=(Form("fused", "experts", GATE_UP_PROJ),),
-        loaders=SERVERS,
+        runtimes=SERVERS,
     ),
     Family(
         name="diffusion_gemma",
         model_types=("diffusion_gemma",),
         split="experts",
         forms=(Form("fused", "experts", GATE_UP_PROJ),),
-        loaders=(VLLM,),
+        runtimes=(VLLM,),
     ),
     Family(
         name="granitemoe",
@@ -328,21 +346,21 @@ FAMILIES: tuple[Family, ...] = (
             Form("fused", "block_sparse_moe.experts", GATE_UP_PROJ),
         ),
         renames=(("block_sparse_moe.router.weight", "block_sparse_moe.router.layer.weight"),),
-        loaders=SERVERS,
+        runtimes=SERVERS,
     ),
     Family(
         name="granitemoe_swa",
         model_types=("granitemoe_swa",),
         split="block_sparse_moe.experts",
         forms=(Form("fused", "block_sparse_moe.experts", GATE_UP_PROJ),),
-        loaders=SERVERS,
+        runtimes=SERVERS,
     ),
     Family(
         name="jetmoe",
         model_types=("jetmoe",),
         forms=(Form("fused", "mlp", ("input_linear.weight", "output_linear.weight")),),
         instead="transformers alone has the model, and reads input_linear and output_linear",
-        loaders=(),
+        runtimes=(),
     ),
     Family(
         name="step3",
@@ -358,7 +376,7 @@ FAMILIES: tuple[Family, ...] = (
         renames=(("mlp.shared_experts.", "share_expert."),),
         prefixes=(("model.language_model.", "model."),),
         not_restorable=("model.language_model.",),
-        loaders=(VLLM,),
+        runtimes=(VLLM,),
         instead="SGLang and TensorRT-LLM read its experts only stacked",
     ),
     Family(
@@ -368,13 +386,13 @@ FAMILIES: tuple[Family, ...] = (
         projections=("w1", "v1", "w2"),
         forms=(Form("flat", "ffn.experts.mlp", ("w1", "v1", "w2")),),
         instead="SGLang reads w1, v1 and w2 of all experts, unquantized",
-        loaders=(),
+        runtimes=(),
     ),
     Family(
         name="zaya",
         model_types=("zaya",),
         instead="SGLang reads a linear_fc1 and a linear_fc2 for each expert, unquantized",
-        loaders=(),
+        runtimes=(),
     ),
     Family(
         name="inkling",
@@ -390,7 +408,7 @@ FAMILIES: tuple[Family, ...] = (
         ),
         not_restorable=("model.language_model.",),
         instead="runtimes read its own NVFP4 form, w13_weight with scale and scale2",
-        loaders=(),
+        runtimes=(),
     ),
 )
 

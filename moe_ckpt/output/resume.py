@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import OutputRefusedError, show, show_some
+from ..origin import differences
 from ..plan import Plan
-from ..planning.origin import differences, file_sha256
 from ..source.checkpoint import CONFIG, INDEX
+from ..source.files import file_sha256
 from ..texts import header_of, index_of
 from .journal import Head, Journal, Record, head_of
 from .out_dir import check_out_dir, files_in, foreign_files

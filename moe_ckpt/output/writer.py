@@ -227,7 +227,7 @@ class ShardWriter:
         os.close(self._fd)
 
     def _sha256(self, stop: Event) -> str:
-        """Of the bytes as the system gives them back."""
+        """The digest of the bytes as the system gives them back."""
         state, position = hashlib.sha256(), 0
         buffer = np.empty(_COPY_NBYTES, np.uint8).data
         while position < self.shard.nbytes:

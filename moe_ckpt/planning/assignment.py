@@ -13,18 +13,17 @@ from typing import Any
 
 from ..dialects import Assignment, Dialect, QuantizedExperts
 from ..errors import LayoutError, Problems
-from ..formats import find_format
+from ..formats import UNQUANTIZED, find_format
 from ..layouts import Detection, Experts
 from ..layouts.roles import module_of
 from ..source.weights import Weights
-from .choice import Choice, format_of_experts, output_name
+from .choice import Choice, format_of_experts
 from .recipe import KEEP, Recipe
 
 __all__ = ["Assigned", "assign"]
 
-PLAIN = "bf16"
-# Of these some runtime builds none that are quantized, whatever a configuration says; to keep one
-# would cost the form of all others.
+# Some runtime builds these in 16 bits, whatever a configuration says: to keep the form of one
+# would cost that of all others.
 _BUILT_PLAIN = ("embedding", "output head")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
 
@@ -73,20 +72,20 @@ def assign(
         encoded = weights.encoded(name)
         stored = encoded.format
         if not in_form or encoded.is_plain or stored not in dialect.spellings:
-            return PLAIN
+            return UNQUANTIZED
         target = find_format(stored)
         if weights.tensors[name].shape[-1] % target.k_multiple:
-            return PLAIN
+            return UNQUANTIZED
         if target.input_scale and not encoded.has_input_scale:
-            return PLAIN  # its activations are not quantized with a scale that is stored
-        return stored if dialect.mixes or wanted <= {stored} else PLAIN
+            return UNQUANTIZED  # its activations are not quantized with a scale that is stored
+        return stored if dialect.mixes or wanted <= {stored} else UNQUANTIZED
 
     def form_of(found: Experts, in_form: bool) -> str:
         forms = {form(side.tensors[0], in_form) for side in found.sides}
         name = forms.pop()
         rows = {n for side in found.sides for n in side.rows}
         fits = not forms and not any(n % find_format(name).n_multiple for n in rows)
-        return name if fits else PLAIN
+        return name if fits else UNQUANTIZED
 
     def attempt(in_form: bool) -> Assigned:
         chosen = tuple(
@@ -99,7 +98,7 @@ def assign(
             if not weights.encoded(name).is_plain
         }
         formats = tuple(dict.fromkeys((*wanted, *chosen, *stays.values())))
-        mixed = tuple(name for name in formats if name != PLAIN)
+        mixed = tuple(name for name in formats if name != UNQUANTIZED)
         if in_form and len(mixed) > 1 and dialect.refused_mix(mixed):
             raise LayoutError(dialect.refused_mix(mixed))
         assignment = _assignment(detection, choice, chosen, stays, kv_cache=kv_cache)
@@ -132,12 +131,12 @@ def _assignment(
     for found, name in zip(detection.experts, chosen, strict=True):
         experts.setdefault(name, []).append(_quantized(found))
     for group, name in choice.linears:
-        linears.setdefault(name, []).extend(output_name(detection, module) for module in group)
+        linears.setdefault(name, []).extend(detection.output_name(module) for module in group)
     inside: dict[str, dict[str, list[tuple[int, str]]]] = {}
     quantized: set[str] = set()
     for tensor, name in stays.items():
-        module = output_name(detection, module_of(tensor))
-        if name == PLAIN:
+        module = detection.output_name(module_of(tensor))
+        if name == UNQUANTIZED:
             continue
         match = _EXPERT.fullmatch(module)
         if match:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ..errors import Problems, StatsError, show, show_some
 from ..layouts import Detection, Experts
 from ..layouts.roles import module_of
 from ..source.headers import TensorInfo
+from ..words import count_of
 from .stats import Amax, Stats, largest
 
 __all__ = ["Calibration"]
@@ -70,7 +71,7 @@ class Calibration:
         found = largest(known)
         label = f"{experts.output}.*.{'/'.join(projections)}"
         if found is None:
-            self._missing(label, problems)
+            self._missing([label], problems)
         else:
             self.covered += E * len(projections)
             if None in known:
@@ -87,7 +88,7 @@ class Calibration:
             values += [self._find_number(name, problems) for name in names_of_it]
         found = largest(values)
         if found is None:
-            self._missing(", ".join(outputs), problems)
+            self._missing(outputs, problems)
         else:
             self.covered += len(outputs)
         return found
@@ -111,15 +112,13 @@ class Calibration:
         if self._unreached:
             count = sum(number for _, number in self._unreached)
             found.append(
-                f"{count} expert projections in {len(self._unreached)} places saw no tokens in "
+                f"{count_of(count, 'expert projection')} in "
+                f"{count_of(len(self._unreached), 'place')} saw no tokens in "
                 f"calibration and got their layer's largest input amax (first: "
                 f"{show(self._unreached[0][0])}); calibrate with more data"
             )
         if self.constant:
-            found.append(
-                f"{len(self.constant)} places have no statistics and got input scale 1.0: "
-                f"{show_some(self.constant)}"
-            )
+            found.append(f"no statistics, and so input scale 1.0: {show_some(self.constant)}")
         modules = {module_of(name) for name in tensors}
         fused = {name for name in tensors if not name.endswith(".weight")}
         known = self._known | modules | fused
@@ -142,7 +141,7 @@ class Calibration:
         return names
 
     def _transformers_names(self, output: str) -> Iterator[str]:
-        """What transformers may call a module that loaders call ``output``."""
+        """What transformers may call a module that runtimes call ``output``."""
         for stack in self.detection.stacks:
             match = re.match(rf"({re.escape(stack)}\.\d+)\.", output)
             if match is None:
@@ -153,7 +152,7 @@ class Calibration:
                     yield f"{match[1]}.{theirs}{rest.removeprefix(ours)}".rstrip(".")
 
     def _names(self, name: str) -> list[str]:
-        """A module's name as loaders give it, and as transformers does."""
+        """A module's name as runtimes give it, and as transformers does."""
         names = [name]
         for theirs, ours in self.detection.family.prefixes:
             if name.startswith(ours):
@@ -161,7 +160,7 @@ class Calibration:
         return names
 
     def _find(self, name: str) -> Amax:
-        """The entry of a module under the name that loaders give it, or transformers."""
+        """The entry of a module under the name that runtimes give it, or transformers."""
         names = self._names(name)
         self._known.update(names)
         entries = (self.stats.input_amax.get(known) for known in names)
@@ -177,12 +176,12 @@ class Calibration:
             return None
         return amax
 
-    def _missing(self, label: str, problems: Problems) -> None:
+    def _missing(self, modules: Sequence[str], problems: Problems) -> None:
         if self.missing_is_constant:
-            self.constant.append(label)
+            self.constant += modules
         else:
             problems.add(
                 StatsError,
-                f"{show(label)}: has no input amax in the statistics; calibrate with more data, or "
-                "pass --missing-stats constant for input scale 1.0",
+                f"{show(', '.join(modules))}: has no input amax in the statistics; calibrate with "
+                "more data, or pass --missing-stats constant for input scale 1.0",
             )

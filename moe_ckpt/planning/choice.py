@@ -13,7 +13,7 @@ from ..layouts.roles import amax_groups, is_matrix, module_of, reason_to_keep, s
 from ..source.headers import TensorInfo
 from .recipe import KEEP, Recipe
 
-__all__ = ["Choice", "choose", "format_of_experts", "output_name"]
+__all__ = ["Choice", "choose", "format_of_experts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +30,6 @@ class Choice:
     copies: tuple[tuple[str, str], ...]
     kept: tuple[str, ...]
     set_aside: Mapping[str, Sequence[str]]
-
-
-def output_name(detection: Detection, name: str) -> str:
-    """The output name of a source tensor, or of a source module."""
-    if name in detection.renamed:
-        return detection.renamed[name]
-    weight = detection.renamed.get(f"{name}.weight")
-    return module_of(weight) if weight else name
 
 
 def format_of_experts(found: Experts, recipe: Recipe, problems: Problems) -> str:
@@ -79,7 +71,7 @@ def choose(
             copies.append((name, part.reason))
             inside = aside.setdefault(part.prefix, [])
             if matrix:
-                inside.append(output_name(detection, _without_expert(module)))
+                inside.append(detection.output_name(_without_expert(module)))
             continue
         reason = reason_to_keep(module) if matrix else "not a matrix"
         if reason is None and info.dtype in FLOATS:
@@ -87,7 +79,7 @@ def choose(
             continue
         copies.append((name, reason or "not a matrix of numbers"))
         if matrix and reason != "embedding":
-            kept.append(output_name(detection, module))
+            kept.append(detection.output_name(module))
     if coded:
         problems.add(
             CheckpointError,
@@ -101,9 +93,9 @@ def choose(
     for group in amax_groups(candidates):
         formats: dict[str, str] = {}
         for module in group:
-            formats.setdefault(recipe.format_of(output_name(detection, module)), module)
+            formats.setdefault(recipe.format_of(detection.output_name(module)), module)
         if len(formats) > 1:
-            each = [f"{output_name(detection, m)} {chosen}" for chosen, m in formats.items()]
+            each = [f"{detection.output_name(m)} {chosen}" for chosen, m in formats.items()]
             problems.add(
                 RecipeError,
                 f"{recipe.file}: {show_some(each)}: runtimes build these as one module, and they "
@@ -114,7 +106,7 @@ def choose(
             linears.append((group, chosen))
             continue
         copies += ((f"{module}.weight", reason_kept) for module in group)
-        kept += (output_name(detection, module) for module in group)
+        kept += (detection.output_name(module) for module in group)
     recipe.refuse_unused(never, problems)
     return Choice(tuple(linears), tuple(copies), tuple(kept), aside)
 

@@ -7,25 +7,13 @@ from collections.abc import Sequence
 from .. import dialects
 from ..dialects import Dialect
 from ..errors import LayoutError, show, show_some
-from ..layouts import Detection, Family
-from ..layouts.family import TRANSFORMERS, TRTLLM
+from ..formats import UNQUANTIZED
+from ..layouts import Detection
+from ..runtimes import TRANSFORMERS
 
-__all__ = ["EXPERTS", "form_of_experts", "loader_warnings", "loaders_of", "split_loaders"]
+__all__ = ["EXPERTS", "form_of_experts", "runtime_warnings", "runtimes_of_output"]
 
 EXPERTS = ("auto", "split", "fused")
-
-# The model types whose classes TensorRT-LLM has (_torch/models/_arch_index.py) and reads split.
-_IN_TENSORRT_LLM = frozenset(
-    "qwen2_moe qwen3_moe qwen3_next qwen3_5_moe qwen3_5_moe_text qwen3_vl_moe deepseek_v3 "
-    "deepseek_v32 kimi_k2 kimi_k25 kimi_linear glm_moe_dsa glm4_moe afmoe exaone_moe gemma4 "
-    "gemma4_text hunyuan_v1_moe laguna minimax_m2 minimax_m3 minimax_m3_vl mixtral "
-    "nemotron_h".split()
-)
-
-
-def split_loaders(family: Family, model_type: str) -> tuple[str, ...]:
-    """The runtimes that have the model and read its experts one by one."""
-    return (*family.loaders, *([TRTLLM] if model_type in _IN_TENSORRT_LLM else []))
 
 
 def form_of_experts(
@@ -46,9 +34,9 @@ def form_of_experts(
             "choose --dialect modelopt, or say --experts split"
         )
     if wanted == "auto":
-        known_fused = family.fused_loaders if dialect.stacks else {}
+        known_fused = family.fused_runtimes if dialect.stacks else {}
         fused = max((len(known_fused.get(name, ())) for name in formats), default=0)
-        split = len(split_loaders(family, detection.model_type))
+        split = len(family.split_runtimes(detection.model_type))
         known = all(name in known_fused for name in formats)
         form = "fused" if fused > split or (known and not split) else "split"
         if form == "split" and not split and family.instead:
@@ -57,16 +45,16 @@ def form_of_experts(
                 f"by one: {family.instead}. To write them so all the same, say --experts split"
             )
     if form == "fused":
-        if not family.fused_loaders:
+        if not family.fused_runtimes:
             raise LayoutError(
                 f"--experts fused: ModelOpt has no fused export of model type {model_type}; say "
                 "--experts split"
             )
-        unknown = [name for name in formats if name not in family.fused_loaders]
+        unknown = [name for name in formats if name not in family.fused_runtimes]
         if unknown:
             raise LayoutError(
                 f"--experts fused: of model type {model_type} it is known for "
-                f"{', '.join(family.fused_loaders)}, not for {', '.join(unknown)}; say --experts "
+                f"{', '.join(family.fused_runtimes)}, not for {', '.join(unknown)}; say --experts "
                 "split"
             )
         split_ones = [e.source for e in detection.experts if not e.layout.startswith("fused")]
@@ -78,7 +66,7 @@ def form_of_experts(
     return form
 
 
-def loaders_of(
+def runtimes_of_output(
     detection: Detection,
     form: str,
     dialect: Dialect,
@@ -87,37 +75,37 @@ def loaders_of(
 ) -> tuple[str, ...]:
     """The runtimes that read the model, its experts in this form, and all its formats."""
     family = detection.family
-    known = set(split_loaders(family, detection.model_type))
+    known = set(family.split_runtimes(detection.model_type))
     if form == "fused":
-        known = set.intersection(*(set(family.fused_loaders.get(f, ())) for f in of_experts))
+        known = set.intersection(*(set(family.fused_runtimes.get(f, ())) for f in of_experts))
     linears = [name for name in formats if name not in of_experts]
-    spelled = dialects.loaders_of(dialect, of_experts, linears)
+    spelled = dialects.runtimes_of_spelling(dialect, of_experts, linears)
     return tuple(name for name in spelled if name in known)
 
 
-def loader_warnings(
+def runtime_warnings(
     detection: Detection,
     form: str,
     dialect: Dialect,
-    loaders: Sequence[str],
+    runtimes: Sequence[str],
     formats: Sequence[str],
     part_blocks: Sequence[str],
 ) -> tuple[str, ...]:
     """What the user should know before relying on a runtime.
 
-    ``loaders``: what `loaders_of` found.
+    ``runtimes``: what `runtimes_of_output` found.
     ``part_blocks``: linear layers that end in a part of a block.
     """
     family, model_type = detection.family, show(detection.model_type)
     found = []
-    if not loaders:
+    if not runtimes:
         found.append(
             f"no runtime is known to load {' and '.join(formats)} of model type {model_type} with "
             f"{form} experts in dialect {dialect.name}; try the result before you rely on it"
         )
-    if family.instead and set(formats) != {"bf16"}:
+    if family.instead and set(formats) != {UNQUANTIZED}:
         found.append(f"model type {model_type}: {family.instead}")
-    if form == "split" and family.in_transformers and TRANSFORMERS not in family.loaders:
+    if form == "split" and family.in_transformers and TRANSFORMERS not in family.runtimes:
         found.append(
             f"transformers reads the experts of {model_type} only fused: it would fill them with "
             "random numbers, and only log that keys are missing"

@@ -12,7 +12,6 @@ from ..layouts.roles import is_matrix, module_of, set_aside
 from ..plan import OutTensor
 from ..source.headers import TensorInfo
 from .calibration import Calibration
-from .choice import output_name
 from .shards import ConstantUnit, Unit
 
 __all__ = ["KV_SCALES", "kv_cache_units", "scale_name"]
@@ -72,10 +71,10 @@ def kv_cache_units(
             continue
         if set_aside(name, detection.stacks, detection.num_layers):
             continue
-        attention = module_of(output_name(detection, module_of(name)))
+        attention = module_of(detection.output_name(module_of(name)))
         for projection, suffix in zip(("k_proj", "v_proj"), dialect.kv_scales, strict=True):
             source = f"{parent}.{projection}"
-            amax = calibration.output_amax(source, output_name(detection, source), problems)
+            amax = calibration.output_amax(source, detection.output_name(source), problems)
             scale = max((amax or _E4M3_MAX) / _E4M3_MAX, _SMALLEST_NORMAL)
             tensor = OutTensor(f"{attention}.{suffix}", "F32", dialect.scalar_shape)
             units.append((name, ConstantUnit(tensor, struct.pack("<f", scale))))

@@ -1,30 +1,65 @@
-"""What a plan is asked for: the options, their defaults, and which do not fit together."""
+"""What a plan is asked for. Each option is declared once, as a field of `Options`.
+
+The command line, the record of what a conversion was made from, and the manual are made from the
+fields: see `flag_of`.
+"""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TypedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, TypedDict
 
 from ..errors import UsageError, show
+from ..formats import DEFAULT_FORMAT
 from ..layouts import LAYOUTS, ORDERS
+from ..limits import parse_size
 from .expert_form import EXPERTS
-from .recipe import Recipe, built_in, read_recipe
+from .recipe import QUANTIZE, Recipe, built_in, read_recipe
 
-__all__ = ["Limits", "Options", "PlanOptions", "parse_size"]
-
-_MISSING_STATS = ("error", "constant")
-_KV_CACHE = ("none", "fp8")
-_UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
-_UNITS |= {"TIB": 2**40, "GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "B": 1, "": 1}
+__all__ = ["Flag", "Options", "PlanOptions", "flag_of"]
 
 File = str | os.PathLike[str]
 
+# What an option stands for in the record of a conversion.
+Record = Callable[["Options"], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """How an option is said on the command line.
+
+    ``choices``: its values, where these are few; None stands for not given. ``is_file``: its
+    value is a file, whose content decides the output. ``record``: what of it decides the output,
+    as text; None if it decides nothing by itself.
+    """
+
+    name: str
+    metavar: str
+    help: str
+    choices: tuple[str | None, ...] = ()
+    is_file: bool = False
+    record: Record | None = None
+
+
+def _flag(
+    metavar: str,
+    help: str,
+    *,
+    choices: Sequence[str | None] = (),
+    is_file: bool = False,
+    record: Record | None = None,
+) -> dict[str, Flag]:
+    return {"flag": Flag("", metavar, help, tuple(choices), is_file, record)}
+
+
+def _unless_recipe(value: Callable[[Options], str]) -> Record:
+    return lambda asked: "" if asked.recipe is not None else value(asked)
+
 
 class PlanOptions(TypedDict, total=False):
-    """Keywords of `make_plan` and `convert`; `Options` says what they mean."""
+    """Keywords of `make_plan` and `convert`: the fields of `Options`, which says what they mean."""
 
     stats: Iterable[File]
     format: str | None
@@ -43,50 +78,130 @@ class PlanOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of a plan.
-
-    Attributes:
-        stats: files of activation statistics, merged by maximum.
-        format: name of a number format; "nvfp4" if neither it nor ``recipe`` is given.
-        quantize: "experts" (if not given) for routed experts only, "linear" for all linear layers.
-        recipe: a file that says which modules become which format, instead of the two.
-        dialect: how the output is spelled; None for what most runtimes load.
-        kv_cache: "fp8" to write scales for an FP8 KV cache, from the statistics; "none".
-        weight_amax: the file of a scan of the same checkpoint; saves a pass over the weights.
-        allow_requantize: whether 4-bit weights may be rounded again to another 4-bit format.
-        experts: "split" for a matrix per expert, "fused" for ModelOpt's fused export, "auto" for
-            what most runtimes read.
-        layout: how the source stores experts, one of `moe_ckpt.layouts.LAYOUTS`, for what headers
-            and model type leave open.
-        gate_up_order: "concat" or "interleaved", the same.
-        max_shard_size: bytes of tensors in one output file, or text such as "5GB".
-        missing_stats: "error", or "constant" for input scale 1.0 where statistics are missing.
+    """The options of a plan; the text beside each says what it means.
 
     Raises:
         UsageError: an option that is unknown, or two that do not fit together.
     """
 
-    stats: Iterable[File] = ()
-    format: str | None = None
-    quantize: str | None = None
-    recipe: File | None = None
-    dialect: str | None = None
-    kv_cache: str = "none"
-    weight_amax: File | None = None
-    allow_requantize: bool = False
-    experts: str = "auto"
-    layout: str | None = None
-    gate_up_order: str | None = None
-    max_shard_size: str | int = "5GB"
-    missing_stats: str = "error"
+    stats: Iterable[File] = field(
+        default=(),
+        metadata=_flag(
+            "FILE",
+            "Activation statistics; may be given more than once, the maximum counts.",
+            is_file=True,
+        ),
+    )
+    format: str | None = field(
+        default=None,
+        metadata=_flag(
+            "NAME",
+            f"Number format, {DEFAULT_FORMAT} if not given; `moe-ckpt formats` lists them.",
+            record=_unless_recipe(lambda asked: asked.format or DEFAULT_FORMAT),
+        ),
+    )
+    quantize: str | None = field(
+        default=None,
+        metadata=_flag(
+            "WHAT",
+            "experts: routed experts only, if not given; linear: every linear layer.",
+            record=_unless_recipe(lambda asked: asked.quantize or QUANTIZE[0]),
+        ),
+    )
+    recipe: File | None = field(
+        default=None,
+        metadata=_flag(
+            "FILE",
+            "TOML that says which modules become which format, instead of the two above.",
+            is_file=True,
+        ),
+    )
+    dialect: str | None = field(
+        default=None,
+        metadata=_flag(
+            "NAME",
+            "modelopt, compressed-tensors or fp8; what most runtimes load if not given.",
+            record=lambda asked: asked.dialect or "",
+        ),
+    )
+    kv_cache: str = field(
+        default="none",
+        metadata=_flag(
+            "none|fp8",
+            "fp8: write scales for an FP8 KV cache, from output_amax in the statistics.",
+            choices=("none", "fp8"),
+            record=lambda asked: asked.kv_cache,
+        ),
+    )
+    weight_amax: File | None = field(
+        default=None,
+        metadata=_flag(
+            "FILE",
+            "What `moe-ckpt scan` found in IN; saves a pass over it.",
+            is_file=True,
+        ),
+    )
+    allow_requantize: bool = field(
+        default=False,
+        metadata=_flag(
+            "",
+            "Round 4-bit weights a second time, to another 4-bit format.",
+        ),
+    )
+    experts: str = field(
+        default="auto",
+        metadata=_flag(
+            "|".join(EXPERTS),
+            "split: a matrix for each; fused: as ModelOpt fuses Llama 4 and gpt-oss; "
+            "auto: what most runtimes read.",
+            choices=EXPERTS,
+            record=lambda asked: asked.experts,
+        ),
+    )
+    layout: str | None = field(
+        default=None,
+        metadata=_flag(
+            "NAME",
+            "How IN stores experts, where headers and model type leave it open; see layouts.",
+            choices=(None, *LAYOUTS),
+            record=lambda asked: asked.layout or "",
+        ),
+    )
+    gate_up_order: str | None = field(
+        default=None,
+        metadata=_flag(
+            "|".join(ORDERS),
+            "How gate and up lie in one tensor of IN, where that is open.",
+            choices=(None, *ORDERS),
+            record=lambda asked: asked.gate_up_order or "",
+        ),
+    )
+    max_shard_size: str | int = field(
+        default="5GB",
+        metadata=_flag(
+            "SIZE",
+            "Tensors in one output file.",
+            record=lambda asked: str(parse_size(asked.max_shard_size)),
+        ),
+    )
+    missing_stats: str = field(
+        default="error",
+        metadata=_flag(
+            "error|constant",
+            "constant: input scale 1.0 where statistics are missing.",
+            choices=("error", "constant"),
+            record=lambda asked: asked.missing_stats,
+        ),
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stats", tuple(os.fspath(file) for file in self.stats))
-        _check_choice("--experts", self.experts, EXPERTS)
-        _check_choice("--layout", self.layout, (None, *LAYOUTS))
-        _check_choice("--gate-up-order", self.gate_up_order, (None, *ORDERS))
-        _check_choice("--missing-stats", self.missing_stats, _MISSING_STATS)
-        _check_choice("--kv-cache", self.kv_cache, _KV_CACHE)
+        for option in fields(self):
+            flag = flag_of(option)
+            value = getattr(self, option.name)
+            if flag.choices and value not in flag.choices:
+                words = ", ".join(word for word in flag.choices if word is not None)
+                raise UsageError(f"{flag.name} {show(value)!r} is unknown; choose {words}")
         if self.recipe is not None and (self.format is not None or self.quantize is not None):
             raise UsageError("--recipe says what --format and --quantize say; give it alone")
         if self.kv_cache == "fp8" and not self.stats_files:
@@ -98,51 +213,37 @@ class Options:
         """The files of statistics."""
         return tuple(os.fspath(file) for file in self.stats)
 
+    @property
+    def decisions(self) -> dict[str, str]:
+        """What was chosen that decides an output byte, by the name of its flag."""
+        flags = map(flag_of, fields(self))
+        return {flag.name: flag.record(self) for flag in flags if flag.record}
+
+    @property
+    def files(self) -> dict[str, tuple[str, ...]]:
+        """The files that were given, by the name of their flag."""
+        found = {}
+        for option in fields(self):
+            flag, value = flag_of(option), getattr(self, option.name)
+            if flag.is_file:
+                several = isinstance(value, tuple)
+                given = value if several else () if value is None else (value,)
+                found[flag.name] = tuple(os.fspath(file) for file in given)
+        return found
+
     def read_recipe(self) -> Recipe:
         """The recipe of the file, or the one that format and quantize stand for."""
         if self.recipe is not None:
             return read_recipe(self.recipe)
-        return built_in(self.quantize or "experts", self.format or "nvfp4")
+        return built_in(self.quantize or QUANTIZE[0], self.format or DEFAULT_FORMAT)
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a conversion may use of a machine.
+def flag_of(option: Field[Any]) -> Flag:
+    """The flag of a field of `Options`; its name is the field's.
 
-    ``workers``: threads; None for one per core, at most 16, or 8 with CUDA. ``memory`` and
-    ``device_memory``: all buffers together, on the host and on the GPU, beside the program itself;
-    bytes, or text such as "256MiB". A matrix that must be gathered before it is written may need
-    more.
-
-    Raises:
-        UsageError: one is not such a size, or ``workers`` is below 1.
+    >>> flag_of(fields(Options)[5]).name
+    '--kv-cache'
     """
-
-    workers: int | None = None
-    memory: str | int = "256MiB"
-    device_memory: str | int = "2GiB"
-
-    def __post_init__(self) -> None:
-        parse_size(self.memory)
-        parse_size(self.device_memory)
-        if self.workers is not None and self.workers < 1:
-            raise UsageError(f"--workers {show(self.workers)}: expected 1 or more")
-
-
-def parse_size(size: str | int) -> int:
-    """Bytes of a size such as ``5GB`` (decimal) or ``512MiB``.
-
-    >>> parse_size("5GB"), parse_size("1.5 MiB"), parse_size(1000)
-    (5000000000, 1572864, 1000)
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Z]*)", str(size).strip().upper())
-    nbytes = float(match[1]) * _UNITS.get(match[2], 0) if match else 0.0
-    if not 1 <= nbytes < 2**63:
-        raise UsageError(f"size {show(size)!r} is not a number of bytes such as 5GB or 512MiB")
-    return int(nbytes)
-
-
-def _check_choice(option: str, value: str | None, known: Sequence[str | None]) -> None:
-    if value not in known:
-        words = ", ".join(word for word in known if word is not None)
-        raise UsageError(f"{option} {show(value)!r} is unknown; choose {words}")
+    flag: Flag = option.metadata["flag"]
+    name = f"--{option.name.replace('_', '-')}"
+    return Flag(name, flag.metavar, flag.help, flag.choices, flag.is_file, flag.record)

@@ -16,21 +16,22 @@ from math import prod
 from typing import Unpack
 
 from ..dialects import Dialect, dialect_for
-from ..errors import LayoutError, Problems, UsageError, show, show_some
-from ..formats import find_format
+from ..errors import LayoutError, Problems, RecipeError, UsageError, show, show_some
+from ..formats import UNQUANTIZED, find_format
 from ..layouts import Detection, Given, detect
+from ..limits import parse_size
 from ..plan import OutShard, Plan
 from ..source.checkpoint import Source, open_source
 from ..source.weights import Weights, weights_of
 from .amax_file import read_amax
-from .assignment import PLAIN, Assigned, assign, formats_of_experts
+from .assignment import Assigned, assign, formats_of_experts
 from .calibration import Calibration
-from .choice import Choice, choose, output_name
-from .expert_form import form_of_experts, loader_warnings, loaders_of
+from .choice import Choice, choose
+from .expert_form import form_of_experts, runtime_warnings, runtimes_of_output
 from .kv_cache import KV_SCALES, kv_cache_units, scale_name
-from .options import Options, PlanOptions, parse_size
-from .origin import origin_of
-from .recipe import RECIPE_FILE, Recipe, recipe_text
+from .options import Options, PlanOptions
+from .provenance import origin_of
+from .recipe import KEEP, RECIPE_FILE, Recipe, recipe_text
 from .shards import Unit, pack
 from .stats import Stats, read_stats
 from .units import UnitMaker
@@ -117,6 +118,7 @@ class _Planner:
         self.problems = Problems()
 
     def plan(self, stats: Stats | None, weight_amax: Mapping[str, float]) -> Plan:
+        """The plan, from statistics and weight amax; raises `InputError` with all problems."""
         source, detection, problems = self.source, self.detection, self.problems
         calibration = None
         kv_cache = self.asked.kv_cache == "fp8"
@@ -124,6 +126,12 @@ class _Planner:
             calibration = Calibration(stats, detection, self.asked.missing_stats == "constant")
         wishes = formats_of_experts(detection, self.recipe, problems)
         choice = choose(self.weights.tensors, detection, self.recipe, problems)
+        if not choice.linears and set(wishes) == {KEEP}:
+            problems.add(
+                RecipeError,
+                f"{self.recipe.file}: keeps all that can be quantized in this model, so that "
+                "nothing is left to do; let fewer modules match the rules that say keep",
+            )
         problems.check()
         assigned = assign(
             source.config,
@@ -158,12 +166,14 @@ class _Planner:
         self._refuse_collisions(shards)
         formats = self._count(choice, assigned)
         of_experts = tuple(dict.fromkeys(assigned.experts))
-        loaders = loaders_of(detection, self.form, self.dialect, of_experts, tuple(formats))
+        runtimes = runtimes_of_output(
+            detection, self.form, self.dialect, of_experts, tuple(formats)
+        )
         return Plan(
             root=source.root,
             model_type=detection.model_type,
             family=detection.family.name,
-            loaders=loaders,
+            runtimes=runtimes,
             formats=formats,
             dialect=self.dialect.name,
             experts_as=self.form,
@@ -181,8 +191,8 @@ class _Planner:
             warnings_by_kind={
                 "files": (*source.warnings, *self.weights.warnings),
                 "layers": detection.warnings,
-                "loaders": loader_warnings(
-                    detection, self.form, self.dialect, loaders, tuple(formats), make.part_blocks
+                "runtimes": runtime_warnings(
+                    detection, self.form, self.dialect, runtimes, tuple(formats), make.part_blocks
                 ),
                 "statistics": self._stats_warnings(calibration),
             },
@@ -208,12 +218,12 @@ class _Planner:
                 target = find_format(assigned.stays[name])
                 units += ((name, unit) for unit in make.of_stay(name, target))
             else:
-                new = scale_name(output_name(detection, name), self.dialect)
+                new = scale_name(detection.output_name(name), self.dialect)
                 units.append((name, make.of_copy(tensors[name], new, reason)))
         return units
 
     def _is_dropped(self, name: str) -> bool:
-        """Whether a tensor is a scale of the source's KV cache that the dialect cannot announce."""
+        """Whether a tensor is a scale of the source's KV cache that the dialect cannot declare."""
         dropped = self.weights.kv_cache and self.dialect.kv_scales is None
         return dropped and name.endswith(KV_SCALES)
 
@@ -258,12 +268,12 @@ class _Planner:
             example = next(iter(self.detection.renamed.values()))
             notes.append(
                 f"{len(self.detection.renamed)} tensors that transformers renamed get back the "
-                f"names that loaders read, such as {show(example)}"
+                f"names that runtimes read, such as {show(example)}"
             )
         for name, count in self.weights.encodings.items():
             notes.append(f"the source is quantized: {count:,} weights as {name}")
-        decoded = [name for name, chosen in assigned.stays.items() if chosen == PLAIN]
-        if decoded and formats.keys() != {PLAIN}:
+        decoded = [name for name, chosen in assigned.stays.items() if chosen == UNQUANTIZED]
+        if decoded and formats.keys() != {UNQUANTIZED}:
             notes.append(
                 f"{len(decoded)} weights that are not asked for are decoded to bf16, for "
                 f"{self.dialect.name} cannot say what they are: {show_some(decoded)}"

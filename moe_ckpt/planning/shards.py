@@ -7,13 +7,14 @@ expert. The experts of a layer are one unit that may be cut between experts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ..dialects import Dialect
 from ..dtypes import nbytes_of
 from ..formats import Part
-from ..plan import Constant, Copy, Job, OutShard, OutTensor, Read, Region, by_alignment
+from ..plan import Constant, Copy, Job, OutShard, OutTensor, Region, by_alignment
 from ..source.checkpoint import SINGLE
+from ..source.stored import Read
 from ..texts import header_of
 
 __all__ = ["ConstantUnit", "CopyUnit", "QuantUnit", "Unit", "pack"]
@@ -52,7 +53,7 @@ class QuantUnit:
     def count(self) -> int:
         """How many pieces the unit may be cut into."""
         first = self.jobs[0]
-        return 1 if first.is_stacked else len(first.slabs)
+        return 1 if first.is_stacked else len(first.outputs)
 
 
 Unit = CopyUnit | ConstantUnit | QuantUnit
@@ -117,7 +118,7 @@ def pack(units: Iterable[Unit], dialect: Dialect, max_nbytes: int) -> list[OutSh
                 (HEADER_CAP_NBYTES - into.header_nbytes) // header_nbytes,
             )
             count = min(max(fits, 1), unit.count - done)
-            into.jobs += (_cut(job, done, done + count) for job in unit.jobs)
+            into.jobs += (job.cut(done, done + count) for job in unit.jobs)
             into.nbytes += nbytes * count
             into.header_nbytes += header_nbytes * count
             done += count
@@ -129,24 +130,21 @@ def _piece_nbytes(unit: QuantUnit, dialect: Dialect) -> tuple[int, int]:
     """Output bytes and header bytes of one piece: a slab of each job, or all of a stack."""
     nbytes = header_nbytes = 0
     for job in unit.jobs:
-        slabs = len(job.slabs) if job.is_stacked else 1
+        slabs = len(job.outputs) if job.is_stacked else 1
         tensors = len(job.parts)
         for part in job.parts:
             nbytes += slabs * _slab_nbytes(job, part)
         if dialect.spellings[job.format].shape_suffix:
-            nbytes += 2 * 8 * len(job.rows)
+            nbytes += 2 * 8 * len(job.place.rows)
             tensors += 1
-        longest = max(len(name.encode()) for slab in job.slabs for name in slab.modules)
-        header_nbytes += len(job.rows) * tensors * (longest + _ENTRY_NBYTES)
+        longest = max(len(name.encode()) for made in job.outputs for name in made.modules)
+        header_nbytes += len(job.place.rows) * tensors * (longest + _ENTRY_NBYTES)
     return nbytes, header_nbytes
 
 
 def _slab_nbytes(job: Job, part: Part) -> int:
-    return sum(nbytes_of(part.dtype, part.shape(n, job.columns)) for n in job.rows)
-
-
-def _cut(job: Job, start: int, stop: int) -> Job:
-    return job if job.is_stacked else replace(job, slabs=job.slabs[start:stop])
+    columns = job.place.columns
+    return sum(nbytes_of(part.dtype, part.shape(n, columns)) for n in job.place.rows)
 
 
 def _shard_names(count: int) -> list[str]:
@@ -198,33 +196,34 @@ def _shapes(job: Job, dialect: Dialect) -> Iterator[ConstantUnit]:
     suffix = dialect.spellings[job.format].shape_suffix
     if not suffix:
         return
-    sizes = [n.to_bytes(8, "little") + job.columns.to_bytes(8, "little") for n in job.rows]
-    for slab in job.slabs:
-        for module, data in zip(slab.modules, sizes, strict=True):
+    columns = job.place.columns.to_bytes(8, "little")
+    sizes = [n.to_bytes(8, "little") + columns for n in job.place.rows]
+    for output in job.outputs:
+        for module, data in zip(output.modules, sizes, strict=True):
             yield ConstantUnit(OutTensor(f"{module}.{suffix}", "I64", (2,)), data)
 
 
 def _run_of(job: Job, part: Part, dialect: Dialect) -> _Run:
     """The tensors that hold one part of all slabs of a job."""
-    shapes = [part.shape(n, job.columns) for n in job.rows]
+    shapes = [part.shape(n, job.place.columns) for n in job.place.rows]
     if job.is_stacked:
-        (module,), (shape,) = job.slabs[0].modules, shapes
+        (module,), (shape,) = job.outputs[0].modules, shapes
         name = dialect.tensor_name(job.format, module, part.role, True)
-        stacked = (len(job.slabs), *shape[::-1]) if shape else dialect.scalar_shape
+        stacked = (len(job.outputs), *shape[::-1]) if shape else dialect.scalar_shape
         tensor = OutTensor(name, part.dtype, stacked)
         return _Run([tensor], tensor.nbytes)
     ending = dialect.tensor_name(job.format, "", part.role, False)
     stored = [shape or dialect.scalar_shape for shape in shapes]
     tensors = [
         OutTensor(module + ending, part.dtype, shape)
-        for slab in job.slabs
-        for module, shape in zip(slab.modules, stored, strict=True)
+        for output in job.outputs
+        for module, shape in zip(output.modules, stored, strict=True)
     ]
-    return _Run(tensors, len(job.slabs) * _slab_nbytes(job, part))
+    return _Run(tensors, len(job.outputs) * _slab_nbytes(job, part))
 
 
 def _region(job: Job, part: Part, offset: int) -> Region:
-    row_nbytes = part.row_nbytes(job.columns)
+    row_nbytes = part.row_nbytes(job.place.columns)
     if job.is_stacked and row_nbytes:
-        row_nbytes = nbytes_of(part.dtype, part.shape(job.slab_rows, 1)[:1])
+        row_nbytes = nbytes_of(part.dtype, part.shape(job.place.slab_rows, 1)[:1])
     return Region(part.role, offset, _slab_nbytes(job, part), row_nbytes)

@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from ..dialects import Dialect, find_dialect
+from ..dialects import Dialect
 from ..dialects.matching import built_modules
 from ..dtypes import itemsize
 from ..errors import CheckpointError, FormatError, LayoutError, Problems, show, show_some
 from ..formats import Part, QuantFormat, find_format
 from ..formats.fitting import formats_that_fit
-from ..layouts import SPLIT, Detection, Experts, Range, Side
+from ..layouts import Detection, Experts, Side
+from ..layouts.places import expert_modules, place_of_experts, place_of_linears
 from ..layouts.roles import module_of
-from ..plan import Encoded, Job, OutTensor, Slab
+from ..plan import Job, Output, OutTensor
 from ..source.headers import TensorInfo
+from ..source.stored import Encoded, Place
 from ..source.weights import Weights
 from .calibration import Calibration
-from .choice import output_name
 from .shards import CopyUnit, QuantUnit
 
-__all__ = ["UnitMaker"]
+__all__ = ["UnitMaker", "split_biases"]
 
 _BIAS = "bias of routed experts"
-_NVFP4 = ("nvfp4", "nvfp4-w4a16")
 
 
 class UnitMaker:
@@ -53,16 +53,10 @@ class UnitMaker:
         self._may_requantize = may_requantize
         self.part_blocks: list[str] = []
 
-    @classmethod
-    def to_read(cls, weights: Weights, detection: Detection, problems: Problems) -> UnitMaker:
-        """A maker whose units only say where weights lie; nothing of them is written."""
-        none = find_dialect("none")
-        return cls(weights, detection, none, None, {}, problems, may_requantize=True)
-
     def of_experts(self, found: Experts, target: QuantFormat) -> list[CopyUnit | QuantUnit]:
         """Experts of a layer, a matrix each: one unit, and units for their biases."""
         jobs = tuple(self._experts_job(found, side, target) for side in found.sides)
-        biases = [bias for side in found.sides for bias in self._split_bias(found, side)]
+        biases = [bias for side in found.sides for bias in split_biases(self._weights, found, side)]
         return [QuantUnit(jobs), *biases]
 
     def of_fused_experts(self, found: Experts, target: QuantFormat) -> list[CopyUnit | QuantUnit]:
@@ -94,13 +88,13 @@ class UnitMaker:
         infos = [self._weights.tensors[f"{module}.weight"] for module in group]
         amax = None
         if self._calibration and target.input_scale:
-            names = [(module, output_name(self._detection, module)) for module in group]
+            names = [(module, self._detection.output_name(module)) for module in group]
             amax = self._calibration.linears_amax(names, self._problems)
-        built = built_modules([output_name(self._detection, module) for module in group])
+        built = built_modules([self._detection.output_name(module) for module in group])
         followed = {member for members in built.values() for member in members[:-1]}
         for module, info in zip(group, infos, strict=True):
             n, k = info.shape
-            whole = output_name(self._detection, module) in followed
+            whole = self._detection.output_name(module) in followed
             if k % target.k_multiple or (whole and n % target.n_multiple):
                 shapes = [info.shape, *(other.shape for other in infos)]
                 self._indivisible(info.name, target, shapes)
@@ -120,63 +114,45 @@ class UnitMaker:
         ]
 
     def _linear_job(self, infos: list[TensorInfo], amax: float | None, target: QuantFormat) -> Job:
-        modules = [output_name(self._detection, module_of(info.name)) for info in infos]
-        names = [info.name for info in infos]
-        rows = tuple(info.shape[0] for info in infos)
-        reads = tuple(map(self._weights.reads, names))
-        slab = Slab(reads, tuple(modules), tuple(names), self._amax_of(modules))
-        encoded = self._weights.encoded(names[0])
-        return self._job(
-            (slab,), rows, rows, infos[0].shape[1], encoded, target, names[0], input_amax=amax
-        )
+        modules = tuple([self._detection.output_name(module_of(info.name)) for info in infos])
+        place = place_of_linears(self._weights, [info.name for info in infos])
+        output = Output(modules, self._amax_of(modules))
+        return self._job(place, (output,), target, infos[0].name, input_amax=amax)
 
     def _experts_job(
         self, found: Experts, side: Side, target: QuantFormat, *, is_stacked: bool = False
     ) -> Job:
         """The job of one side of a layer's experts, each a slab."""
         self._check_sizes(found, side, target)
-        encoded = self._encoding_of(found, side)
-        slabs = []
+        place = place_of_experts(
+            self._weights, found, side, self._problems, in_one_piece=is_stacked
+        )
+        stack = tuple([name.removesuffix("_blocks") for name in side.tensors])
+        outputs = []
         for expert in range(found.num_experts):
-            ranges = found.ranges(side, expert)
-            module = _module(found, expert)
-            names = [f"{module}.{name}" for name in side.projections]
-            modules = [t.removesuffix("_blocks") for t in side.tensors] if is_stacked else names
-            labels = tuple([_label(range_, found, expert) for range_ in ranges])
-            reads = tuple([self._weights.reads(*range_) for range_ in ranges])
-            slabs.append(Slab(reads, tuple(modules), labels, self._amax_of(names)))
+            names = expert_modules(found, side, expert)
+            outputs.append(Output(stack if is_stacked else names, self._amax_of(names)))
         job = self._job(
-            tuple(slabs),
-            tuple(range_.num_items // side.columns for range_ in ranges),
-            side.rows,
-            side.columns,
-            encoded,
+            place,
+            tuple(outputs),
             target,
             f"{found.source} {'/'.join(side.projections)}",
             input_amax=self._input_amax(found, side, target),
         )
-        return replace(
-            job,
-            rows=(sum(side.rows),) if is_stacked else side.rows,
-            is_transposed=side.is_transposed,
-            is_interleaved=side.is_interleaved and not is_stacked,
-            is_stacked=is_stacked,
-        )
+        return replace(job, is_stacked=is_stacked)
 
     def _job(
         self,
-        slabs: tuple[Slab, ...],
-        source_rows: tuple[int, ...],
-        rows: tuple[int, ...],
-        columns: int,
-        encoded: Encoded,
+        place: Place,
+        outputs: tuple[Output, ...],
         target: QuantFormat,
         what: str,
         *,
         input_amax: float | None,
     ) -> Job:
-        recoded = is_recoded(encoded, target)
+        encoded = place.encoded
         source = find_format(encoded.format)
+        recoded = target.holds(source)
         is_4_to_4 = source.weight_bits == target.weight_bits == 4
         if is_4_to_4 and not recoded and not self._may_requantize:
             self._problems.add(
@@ -196,57 +172,14 @@ class UnitMaker:
                 "give --stats FILE, or use fp8-channel or fp8-block (dynamic activations)",
             )
         return Job(
-            slabs=slabs,
-            source_rows=source_rows,
-            rows=rows,
-            columns=columns,
-            encoded=encoded,
-            dtype=encoded.parts[0].dtype if encoded.is_plain else "F32",
+            place=place,
+            outputs=outputs,
             format=target.name,
             parts=_parts(encoded, target) if recoded else target.parts,
             inverse=tuple(sorted(self._dialect.spellings[target.name].inverse)),
             input_amax=input_amax,
             is_recoded=recoded,
         )
-
-    def _encoding_of(self, found: Experts, side: Side) -> Encoded:
-        encodings = {self._weights.encoded(name): name for name in side.tensors}
-        if len(encodings) > 1:
-            kinds = [
-                f"{name} ({self._weights.what_is(name) or encoded.parts[0].dtype})"
-                for encoded, name in encodings.items()
-            ]
-            self._problems.add(
-                CheckpointError,
-                f"{show(found.source)}: {'/'.join(side.projections)} of its experts are stored in "
-                f"different ways: {show_some(kinds)}",
-            )
-        encoded, name = next(iter(encodings.items()))
-        if side.is_transposed and not encoded.is_plain:
-            self._problems.add(
-                CheckpointError,
-                f"{show(name)}: is {self._weights.what_is(name)}, stored [in, out]; quantized "
-                "experts are read only as [out, in]; start from the original release",
-            )
-        return encoded
-
-    def _split_bias(self, found: Experts, side: Side) -> Iterator[CopyUnit]:
-        """The bias of each expert, split as its weights are."""
-        if not side.bias:
-            return
-        info, rows = self._weights.tensors[side.bias], sum(side.rows)
-        for expert in range(found.num_experts):
-            module = _module(found, expert)
-            yield CopyUnit(
-                source=side.bias,
-                read=self._weights.reads(side.bias, expert * rows, rows)[0],
-                tensors=tuple(
-                    OutTensor(f"{module}.{name}.bias", info.dtype, (count,))
-                    for name, count in zip(side.projections, side.rows, strict=True)
-                ),
-                reason=_BIAS,
-                pair_nbytes=2 * itemsize(info.dtype) if side.is_interleaved else 0,
-            )
 
     def _check_sizes(self, found: Experts, side: Side, target: QuantFormat) -> None:
         if side.columns % target.k_multiple or any(n % target.n_multiple for n in side.rows):
@@ -276,29 +209,33 @@ class UnitMaker:
         )
 
 
-def is_recoded(encoded: Encoded, target: QuantFormat) -> bool:
-    """Whether source parts become those of a format without being quantized anew."""
-    source, wanted = encoded.format, target.name
-    same = source == wanted or (source in _NVFP4 and wanted in _NVFP4)
-    return same or (source == "mxfp4" and wanted in _NVFP4)
-
-
 def _parts(encoded: Encoded, target: QuantFormat) -> tuple[Part, ...]:
     """The parts of a recoded matrix: in the dtypes of the source where they would lose by others.
 
     Weights keep their dtype; so do the scales of integers, which are those of the model.
     """
     stored = {part.role: part.dtype for part in encoded.parts}
-    keeps = {"bf16": "qweight"}.get(target.name, "block_scale" * target.name.startswith("int4"))
     return tuple(
-        replace(part, dtype=stored[part.role]) if part.role == keeps else part
+        replace(part, dtype=stored[part.role]) if part.role == target.keeps_dtype_of else part
         for part in target.parts
     )
 
 
-def _module(found: Experts, expert: int) -> str:
-    return f"{found.output}.{found.first + expert}"
-
-
-def _label(range_: Range, found: Experts, expert: int) -> str:
-    return range_.tensor if found.layout == SPLIT else f"{range_.tensor}[expert {expert}]"
+def split_biases(weights: Weights, found: Experts, side: Side) -> Iterator[CopyUnit]:
+    """The bias of each expert, split as its weights are."""
+    if not side.bias:
+        return
+    info, rows = weights.tensors[side.bias], sum(side.rows)
+    for expert in range(found.num_experts):
+        yield CopyUnit(
+            source=side.bias,
+            read=weights.reads(side.bias, expert * rows, rows)[0],
+            tensors=tuple(
+                OutTensor(f"{module}.bias", info.dtype, (count,))
+                for module, count in zip(
+                    expert_modules(found, side, expert), side.rows, strict=True
+                )
+            ),
+            reason=_BIAS,
+            pair_nbytes=2 * itemsize(info.dtype) if side.is_interleaved else 0,
+        )

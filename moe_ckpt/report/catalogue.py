@@ -9,8 +9,7 @@ from ..dialects import DIALECTS, dialect_for
 from ..formats import FORMATS, QuantFormat
 from ..formats.fitting import tensor_parallel_sizes
 from ..layouts import CHECKS, FAMILIES, LAYOUTS, SPLIT, UNSUPPORTED, Family
-from ..planning.expert_form import split_loaders
-from .plan_report import table
+from .text import table
 
 _EXAMPLE = 768  # experts of Qwen3-30B-A3B
 
@@ -70,15 +69,12 @@ def _format_row(row: QuantFormat) -> dict[str, Any]:
     statistics = "not used"
     if row.input_scale:
         statistics = "optional" if row.constant_input_scale else "needed"
-    block = next(
-        (p for p in row.parts if p.role.endswith("scale") and p.role != "input_scale"), None
-    )
     return {
         "name": row.name,
         "summary": row.summary,
         "activations": row.activations,
         "bits_per_weight": row.bits_per_weight(),
-        "block": "none" if block is None else block.block,
+        "block": row.scale.block if row.scale else "none",
         "sizes": "any" if row.k_multiple == 1 else str(row.k_multiple),
         "k_multiple": row.k_multiple,
         "n_multiple": row.n_multiple,
@@ -87,10 +83,10 @@ def _format_row(row: QuantFormat) -> dict[str, Any]:
             {
                 "name": dialect.name,
                 "default": dialect is default,
-                "loads_in": list(dialect.spellings[row.name].loaders),
+                "loads_in": list(dialect.spellings[row.name].runtimes),
             }
             for dialect in DIALECTS
-            if row.name in dialect.spellings and (row.name != "bf16" or dialect is default)
+            if row.name in dialect.spellings and (row.is_quantized or dialect is default)
         ],
         "refused": [
             {"dialect": dialect.name, "reason": dialect.refused[row.name]}
@@ -136,12 +132,12 @@ def layouts_lines() -> Iterator[str]:
         if family.widths > 1:
             yield f"    widths   {family.widths} groups of experts in a layer, each of its own"
         yield f"    writes   {row['written']}"
-        for names, loaders in _by_loaders(family):
-            yield f"    for      {', '.join(loaders) or 'no runtime known'}{names}"
-        for number_format, loaders in family.fused_loaders.items():
+        for names, runtimes in _by_runtimes(family):
+            yield f"    for      {', '.join(runtimes) or 'no runtime known'}{names}"
+        for number_format, runtimes in family.fused_runtimes.items():
             yield (
                 f"    fused    {number_format}, --experts fused, for "
-                f"{', '.join(loaders) or 'no runtime known'}"
+                f"{', '.join(runtimes) or 'no runtime known'}"
             )
         if family.instead:
             yield f"    but      {family.instead}"
@@ -171,18 +167,18 @@ def _row(family: Family) -> dict[str, Any]:
         "read": read,
         "written": split,
         "widths": family.widths,
-        "loads_in": {name: list(split_loaders(family, name)) for name in family.model_types},
-        "fused_loads_in": {name: list(found) for name, found in family.fused_loaders.items()},
+        "loads_in": {name: list(family.split_runtimes(name)) for name in family.model_types},
+        "fused_loads_in": {name: list(found) for name, found in family.fused_runtimes.items()},
         "note": family.instead,
         "checked": family.checked,
     }
 
 
-def _by_loaders(family: Family) -> list[tuple[str, tuple[str, ...]]]:
+def _by_runtimes(family: Family) -> list[tuple[str, tuple[str, ...]]]:
     """Loaders of the split form; with the model types where these differ."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for model_type in family.model_types:
-        groups.setdefault(split_loaders(family, model_type), []).append(model_type)
+        groups.setdefault(family.split_runtimes(model_type), []).append(model_type)
     if len(groups) == 1:
         return [("", next(iter(groups)))]
-    return [(f": {', '.join(names)}", loaders) for loaders, names in groups.items()]
+    return [(f": {', '.join(names)}", runtimes) for runtimes, names in groups.items()]

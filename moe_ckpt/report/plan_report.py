@@ -1,43 +1,22 @@
-"""Plans and results as text for people and as JSON for programs."""
+"""A plan as text for people and as JSON for programs."""
 
 from __future__ import annotations
 
-import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from ..dialects import find_dialect
 from ..errors import show
 from ..formats import find_format
 from ..layouts import Experts
+from ..limits import Limits
 from ..plan import Plan
-from ..planning.options import Limits
-from ..planning.planner import make_plan
+from ..words import count_of
 from ..work.batches import peak_nbytes
+from .text import size, table
 
-if TYPE_CHECKING:
-    from ..conversion import Result
-
-__all__ = [
-    "count_of",
-    "counted",
-    "inspect",
-    "plan_document",
-    "plan_lines",
-    "result_lines",
-    "size",
-    "table",
-]
-
-
-def inspect(in_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a default conversion of a folder would do, as a JSON-like document.
-
-    Reads headers only. Raises `InputError` if the checkpoint cannot be converted.
-    """
-    return plan_document(make_plan(in_dir, allow_requantize=True))
+__all__ = ["plan_document", "plan_lines"]
 
 
 def plan_document(plan: Plan, limits: Limits | None = None) -> dict[str, Any]:
@@ -48,7 +27,7 @@ def plan_document(plan: Plan, limits: Limits | None = None) -> dict[str, Any]:
         "digest": plan.digest(),
         "model_type": plan.model_type,
         "family": plan.family,
-        "loads_in": list(plan.loaders),
+        "loads_in": list(plan.runtimes),
         "formats": dict(plan.formats),
         "dialect": plan.dialect,
         "experts_as": plan.experts_as,
@@ -104,7 +83,8 @@ def plan_lines(plan: Plan, limits: Limits | None = None) -> Iterator[str]:
     yield f"Model     {show(plan.model_type)}, family {plan.family}"
     for count, example in _experts_kinds(plan):
         yield (
-            f"Experts   {count} layers x {example.num_experts} experts, {_stored(example)}, as in "
+            f"Experts   {count_of(count, 'layer')} x {count_of(example.num_experts, 'expert')}, "
+            f"{_stored(example)}, as in "
             f"{show(example.source)}"
         )
         yield f"Evidence  {example.evidence}"
@@ -112,8 +92,8 @@ def plan_lines(plan: Plan, limits: Limits | None = None) -> Iterator[str]:
     for name, count in plan.formats.items():
         yield f"Format    {name}: {count_of(count, 'matrix')}, {find_format(name).summary}"
     yield f"Dialect   {plan.dialect}: {find_dialect(plan.dialect).summary}"
-    elsewhere = "" if "transformers" in plan.loaders else "; not in transformers"
-    yield f"Loads in  {_list(plan.loaders) or 'no runtime known'}{elsewhere}"
+    elsewhere = "" if "transformers" in plan.runtimes else "; not in transformers"
+    yield f"Loads in  {_list(plan.runtimes) or 'no runtime known'}{elsewhere}"
     yield ""
     rows = [
         (
@@ -147,79 +127,6 @@ def plan_lines(plan: Plan, limits: Limits | None = None) -> Iterator[str]:
         yield f"Left out  {_list(plan.left_out[:5])}" + (" ..." if len(plan.left_out) > 5 else "")
 
 
-def result_lines(result: Result) -> Iterator[str]:
-    """A finished conversion as lines of text."""
-    plan = result.plan
-    if result.was_complete:
-        yield f"already complete: {show(result.out_dir)}"
-        return
-    copied = sum(count for count, _ in plan.kept.values())
-    made = ", ".join(f"{count_of(n, 'matrix')} {name}" for name, n in plan.formats.items())
-    yield (
-        f"{made}, {count_of(copied, 'tensor')} copied; {size(plan.source_nbytes)} -> "
-        f"{size(plan.tensors_nbytes)} in {count_of(len(plan.shards), 'shard')}"
-    )
-    kinds = [f"{len(texts)} on {kind}" for kind, texts in plan.warnings_by_kind.items() if texts]
-    yield (
-        f"{result.seconds:.1f} s on {result.device}, "
-        f"{size(plan.read_nbytes / max(result.seconds, 1e-9))}/s; "
-        f"warnings: {', '.join(kinds) or 'none'}"
-    )
-    if result.inexact_blocks:
-        yield (
-            f"{count_of(result.inexact_blocks, 'block')} of MXFP4 could not be held exactly by "
-            "NVFP4: their exponents are too far below the largest of their matrix"
-        )
-    if result.verified:
-        yield f"verified: {', '.join(counted(result.verified))}"
-    yield f"written to {show(result.out_dir)}"
-
-
-def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    """Lines of a table with aligned columns."""
-    lines = [head, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    for line in lines:
-        yield "  ".join(
-            cell.ljust(width) for cell, width in zip(line, widths, strict=True)
-        ).rstrip()
-
-
-def size(nbytes: float) -> str:
-    """Bytes for people, decimal as file sizes are.
-
-    >>> size(999), size(1_500_000), size(2e12)
-    ('999 B', '1.5 MB', '2.0 TB')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
-
-
-def count_of(number: int, noun: str) -> str:
-    """A number with its noun.
-
-    >>> count_of(1, "shard"), count_of(2000, "tensor")
-    ('1 shard', '2,000 tensors')
-    """
-    plural = "matrices" if noun == "matrix" else f"{noun}s"
-    return f"{number:,} {noun if number == 1 else plural}"
-
-
-def counted(numbers: Mapping[str, int]) -> Iterator[str]:
-    """What there is some of, in words: nouns in the plural -> how many.
-
-    >>> list(counted({"shards": 1, "matrices in nvfp4": 1, "copied tensors compared": 2000}))
-    ['1 shard', '1 matrix in nvfp4', '2,000 copied tensors compared']
-    """
-    for noun, number in numbers.items():
-        one = re.sub(r"s(?= |$)", "", noun.replace("matrices", "matrix"), count=1)
-        if number:
-            yield f"{number:,} {one if number == 1 else noun}"
-
-
 def _stored(experts: Experts) -> str:
     """The layout, and the order of gate and up where it is not the usual one."""
     return experts.layout + (", gate and up interleaved" if experts.is_interleaved else "")
@@ -227,7 +134,7 @@ def _stored(experts: Experts) -> str:
 
 def _outcome(plan: Plan, experts: Experts) -> str:
     """The names that experts get in the output."""
-    job = next(job for job in plan.jobs if _is_of(job.slabs[0].modules[0], experts))
+    job = next(job for job in plan.jobs if _is_of(job.outputs[0].modules[0], experts))
     dialect = find_dialect(plan.dialect)
     roles = [part.role for part in job.parts]
     if job.is_stacked:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import show
-from ..verify.findings import Finding, Findings
-from .plan_report import count_of, counted
+from ..verify.findings import Findings, by_effect
+from ..words import count_of, counted
 
-__all__ = ["by_effect", "document", "lines", "outcome"]
+__all__ = ["document", "lines", "outcome"]
 
 _SHOWN = 20
 _SHOWN_DIFFERENCES = 5
@@ -63,14 +63,6 @@ def lines(findings: Findings, *, quiet: bool = False) -> Iterator[str]:
     yield from _difference_lines(findings)
     for part, why in findings.skipped.items():
         yield f"Not done  {part}: {why}"
-
-
-def by_effect(found: list[Finding]) -> dict[str, list[Finding]]:
-    """Effect -> the findings that have it."""
-    groups: dict[str, list[Finding]] = {}
-    for finding in found:
-        groups.setdefault(finding.effect, []).append(finding)
-    return groups
 
 
 def _difference_lines(findings: Findings) -> Iterator[str]:

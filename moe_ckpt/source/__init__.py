@@ -1,1 +1,1 @@
-"""What a checkpoint holds: files, headers, configuration, and its weights as matrices of numbers."""
+"""What a checkpoint holds: files, headers, configuration, and its weights as matrices."""

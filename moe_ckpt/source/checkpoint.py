@@ -20,14 +20,14 @@ from .strict_json import parse_object, show_value, type_name
 
 __all__ = ["SideFile", "Source", "is_safe_shard_name", "open_source", "shards_in"]
 
-# What loaders look for in a folder, in the source and in the output alike.
+# What runtimes look for in a folder, in the source and in the output alike.
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _CONFIG_CAP_NBYTES = 30_000_000
 _INDEX_CAP_NBYTES = 100_000_000
 
-# Weights in other formats: loaders would find them beside ours, and pickles can run code.
+# Weights in other formats: runtimes would find them beside ours, and pickles can run code.
 _OTHER_WEIGHTS = (
     ".bin .ckpt .gguf .h5 .mlmodel .msgpack .npy .npz .onnx .ot .pickle .pkl .pt .pth .safetensors"
 ).split()
@@ -156,7 +156,7 @@ def _find_shards(root: Path) -> tuple[dict[str, str], list[str]]:
     strays = shards_in(root) - names
     if SINGLE in strays:
         raise CheckpointError(
-            f"{SINGLE}: stands beside {INDEX}, which does not name it; loaders disagree on which "
+            f"{SINGLE}: stands beside {INDEX}, which does not name it; runtimes disagree on which "
             "to read. Remove the stale one"
         )
     if strays:

@@ -1,8 +1,9 @@
-"""How quantized checkpoints store weights: a table of what lies beside the codes.
+"""How quantized checkpoints store weights: what lies beside the codes.
 
-An encoding is a number format of ours and the spelling of one producer or loader: which tensors,
-called what, of which dtypes. Names, dtypes and shapes decide which one a weight has; what the
-config says is checked against it afterwards.
+An encoding is a number format of ours in the spelling of one producer: which tensors, called what,
+of which dtypes. All follow from the parts of the formats and the tables of `dialects`. Names,
+dtypes and shapes decide which one a weight has; what the config says is checked against it
+afterwards.
 """
 
 from __future__ import annotations
@@ -10,13 +11,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..formats import WHOLE_ROW, Part
+from ..dialects.dialect import Spelling
+from ..dialects.methods import METHODS
+from ..formats import WHOLE_ROW, Part, find_format
 from .headers import TensorInfo
 
-__all__ = ["ENCODINGS", "SCALE_ENDINGS", "Encoding", "Scale"]
+__all__ = [
+    "CODE_DTYPES",
+    "ENCODINGS",
+    "INPUT_NAMES",
+    "REFUSED_ENDINGS",
+    "SCALE_ENDINGS",
+    "SHAPE_ENDINGS",
+]
+__all__ += ["Encoding", "Scale", "input_name_of"]
 
+# The dtypes in which a scale is found that our format has in one of them.
 _FLOATS = ("F32", "BF16", "F16")
-_E8M0 = ("U8", "F8_E8M0")
+_ALIKE = {"F32": _FLOATS, "BF16": _FLOATS, "U8": ("U8", "F8_E8M0")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +57,8 @@ class Encoding:
 
     ``ending`` is what follows the weight's name in that of its codes, ``columns`` how many
     weights one item of the codes holds. ``inverse``: roles that hold the reciprocal.
+    ``shape_ending``: the ending of a tensor that holds N and K, '' for none. ``input_name``: what
+    the scale of activations is called in the module.
     """
 
     name: str
@@ -54,6 +68,8 @@ class Encoding:
     columns: int
     scales: tuple[Scale, ...]
     inverse: tuple[str, ...] = ()
+    shape_ending: str = ""
+    input_name: str = ""
 
     def sizes(self, codes: TensorInfo) -> tuple[tuple[int, ...], int, int] | None:
         """Leading dimensions, N and K of the weights with these codes; None if there are none."""
@@ -76,18 +92,18 @@ class Encoding:
                 return False
             if scale.is_whole and k % scale.columns:
                 return False
-            if info.shape not in self.spellings(scale, lead, n, k):
+            if info.shape not in self.shapes_of(scale, lead, n, k):
                 return False
         return True
 
-    def spellings(
+    def shapes_of(
         self, scale: Scale, lead: tuple[int, ...], n: int, k: int
     ) -> set[tuple[int, ...]]:
         """The shapes that a scale may have beside weights [*lead, N, K]."""
-        return _spellings(lead, scale.part(scale.dtypes[0]).shape(n, k))
+        return _alternatives(lead, scale.part(scale.dtypes[0]).shape(n, k))
 
 
-def _spellings(lead: tuple[int, ...], shape: tuple[int, ...]) -> set[tuple[int, ...]]:
+def _alternatives(lead: tuple[int, ...], shape: tuple[int, ...]) -> set[tuple[int, ...]]:
     """The shapes in which a part is found: [] or [1], [N, 1] or [N], [N, K] or [N, 1, K, 1].
 
     Not [1, N] for [N, 1]: those would be scales of columns.
@@ -99,118 +115,104 @@ def _spellings(lead: tuple[int, ...], shape: tuple[int, ...]) -> set[tuple[int, 
     return {(*lead, *each) for each in found}
 
 
-_INT4 = tuple(
-    Encoding(
-        f"int4 of compressed-tensors, groups of {group}",
-        f"int4-g{group}",
-        "_packed",
-        "I32",
-        8,
-        (Scale("block_scale", "_scale", _FLOATS, group),),
+def _encoding(spelling: Spelling) -> Encoding:
+    """The encoding that a spelling makes of a format's parts."""
+    row = find_format(spelling.format)
+    codes = next(part for part in row.parts if part.role == "qweight")
+    return Encoding(
+        name=spelling.what,
+        format=row.name,
+        ending=_ending(spelling.suffixes["qweight"]),
+        dtype=codes.dtype,
+        columns=codes.columns,
+        scales=tuple(
+            Scale(
+                part.role,
+                _ending(spelling.suffixes[part.role]),
+                spelling.scale_dtypes.get(part.role, _ALIKE.get(part.dtype, (part.dtype,))),
+                part.columns,
+                part.rows,
+            )
+            for part in row.parts
+            if part.role not in ("qweight", "input_scale")
+        ),
+        inverse=tuple(sorted(spelling.inverse)),
+        shape_ending=_ending(spelling.shape_suffix) if spelling.shape_suffix else "",
+        input_name=spelling.suffixes.get("input_scale", ""),
     )
-    for group in (128, 64, 32)
+
+
+def _ending(suffix: str) -> str:
+    """What a suffix of a module adds to the name of its weight, or of a stack of them.
+
+    >>> _ending("weight"), _ending("weight_scale"), _ending("blocks")
+    ('', '_scale', '_blocks')
+    """
+    rest = suffix.removeprefix("weight")
+    return f"_{rest}" if rest == suffix else rest
+
+
+def _precedence(encoding: Encoding) -> tuple[int, ...]:
+    """What orders encodings, of which the first that fits counts.
+
+    Several may fit the same codes. Beside ``weight_scale_inv`` nobody means ``weight_scale``, so
+    the longer name comes first. And scales of a small matrix may be of several kinds: a single one
+    is then the matrix's, and one for each row is taken for that before it is one of a block; so
+    coarse scales come before fine ones. What comes before that, kinds of codes, decides only what
+    a weight is said to be that has lost so much that it could be several.
+    """
+    row, finest = find_format(encoding.format), encoding.scales[0]
+    is_integer = row.codes is not None and row.codes.is_integer
+    weights_of_an_item = finest.columns * finest.rows or 2 * WHOLE_ROW
+    return (
+        is_integer,
+        -row.weight_bits,
+        -len(encoding.scales),
+        -len(finest.ending),
+        -weights_of_an_item,
+    )
+
+
+_SPELLINGS = tuple(row for method in METHODS.values() for row in method.spellings)
+
+# Formats that differ in activations only are told apart by the scale of these, see `weights`.
+ENCODINGS: tuple[Encoding, ...] = tuple(
+    sorted(
+        dict.fromkeys(
+            _encoding(row) for row in _SPELLINGS if find_format(row.format).weights == row.format
+        ),
+        key=_precedence,
+    )
 )
 
-# The first that fits counts.
-ENCODINGS: tuple[Encoding, ...] = (
-    Encoding(
-        "FP8 in blocks",
-        "fp8-block",
-        "",
-        "F8_E4M3",
-        1,
-        (Scale("block_scale", "_scale_inv", (*_FLOATS, "F8_E8M0"), 128, 128),),
-    ),
-    Encoding("MXFP8", "mxfp8", "", "F8_E4M3", 1, (Scale("block_scale", "_scale_inv", _E8M0, 32),)),
-    Encoding("MXFP8", "mxfp8", "", "F8_E4M3", 1, (Scale("block_scale", "_scale", _E8M0, 32),)),
-    Encoding(
-        "FP8 per tensor",
-        "fp8-tensor",
-        "",
-        "F8_E4M3",
-        1,
-        (Scale("global_scale", "_scale", _FLOATS, 0),),
-    ),
-    Encoding(
-        "FP8 per channel",
-        "fp8-channel",
-        "",
-        "F8_E4M3",
-        1,
-        (Scale("channel_scale", "_scale", _FLOATS, WHOLE_ROW),),
-    ),
-    Encoding(
-        "FP8 in blocks",
-        "fp8-block",
-        "",
-        "F8_E4M3",
-        1,
-        (Scale("block_scale", "_scale", _FLOATS, 128, 128),),
-    ),
-    Encoding(
-        "NVFP4 of ModelOpt",
-        "nvfp4",
-        "",
-        "U8",
-        2,
-        (
-            Scale("block_scale", "_scale", ("F8_E4M3",), 16),
-            Scale("global_scale", "_scale_2", ("F32",), 0),
-        ),
-    ),
-    Encoding(
-        "NVFP4 of compressed-tensors",
-        "nvfp4",
-        "_packed",
-        "U8",
-        2,
-        (
-            Scale("block_scale", "_scale", ("F8_E4M3",), 16),
-            Scale("global_scale", "_global_scale", ("F32",), 0),
-        ),
-        inverse=("global_scale", "input_scale"),
-    ),
-    Encoding(
-        "MXFP4 of ModelOpt", "mxfp4", "", "U8", 2, (Scale("block_scale", "_scale", _E8M0, 32),)
-    ),
-    Encoding(
-        "MXFP4 of compressed-tensors",
-        "mxfp4",
-        "_packed",
-        "U8",
-        2,
-        (Scale("block_scale", "_scale", _E8M0, 32),),
-    ),
-    Encoding(
-        "MXFP4, as gpt-oss is released",
-        "mxfp4",
-        "_blocks",
-        "U8",
-        2,
-        (Scale("block_scale", "_scales", _E8M0, 32),),
-    ),
-    *_INT4,
-    Encoding(
-        "int8 of compressed-tensors",
-        "int8-channel",
-        "",
-        "I8",
-        1,
-        (Scale("channel_scale", "_scale", _FLOATS, WHOLE_ROW),),
-    ),
+CODE_DTYPES = frozenset(of.dtype for of in ENCODINGS)
+
+# What may lie beside codes, after the name of their weight: what is not needed, ...
+SHAPE_ENDINGS = tuple(dict.fromkeys(of.shape_ending for of in ENCODINGS if of.shape_ending))
+# ... and what is not understood: zero points, and columns out of order.
+REFUSED_ENDINGS = ("_zero_point", "_g_idx")
+
+# What the scale of activations is called in a module; where two are there the first counts.
+INPUT_NAMES = tuple(
+    dict.fromkeys(
+        row.suffixes["input_scale"] for row in _SPELLINGS if "input_scale" in row.suffixes
+    )
 )
 
 # Tensors with these endings mean nothing without their weight.
 SCALE_ENDINGS = (
-    "weight_scale_inv",
-    "weight_scale",
-    "weight_scale_2",
-    "weight_global_scale",
-    "weight_packed",
-    "weight_shape",
-    "weight_zero_point",
-    "weight_g_idx",
-    "_proj_scale_inv",
-    "_proj_blocks",
-    "_proj_scales",
+    *(f"weight{ending}" for ending in (*SHAPE_ENDINGS, *REFUSED_ENDINGS)),
+    *(
+        suffix
+        for row in _SPELLINGS
+        for suffix in row.suffixes.values()
+        if suffix.startswith("weight_")
+    ),
+    *(f"_proj{ending}" for ending in ("_scale_inv", "_blocks", "_scales")),
 )
+
+
+def input_name_of(what: str) -> str:
+    """What the scale of activations is called beside weights that are stored as ``what``."""
+    names = (of.input_name for of in ENCODINGS if of.name == what and of.input_name)
+    return next(names, INPUT_NAMES[0])

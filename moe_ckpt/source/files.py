@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 from pathlib import Path
 
 from ..errors import EnvironmentFaultError, InputError, MoeCkptError, show
 
-__all__ = ["impostor", "open_regular", "read_failure", "read_regular"]
+__all__ = ["file_sha256", "impostor", "open_regular", "read_failure", "read_regular"]
 
 # What a folder can be made to answer. All other errors are the machine's: a disk or a network
 # that fails, permissions, too many open files.
@@ -103,3 +104,9 @@ def read_regular(path: Path, cap_nbytes: int, kind: type[InputError]) -> bytes:
             "be what its name says"
         )
     return b"".join(found)
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file, as a hub and `sha256sum` show it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..dialects.methods import METHODS
+
 __all__ = ["name_of_packing"]
+
+
+def _what(method: str, format_name: str) -> str:
+    """What weights are called that a known method has."""
+    spelling = METHODS[method].spelling_of(format_name)
+    assert spelling is not None
+    return spelling.what
+
 
 # Endings of tensor names, the dtype of the weight beside them or "", and what writes that.
 # The first line that fits counts.
 _PACKINGS: tuple[tuple[str, str, str], ...] = (
-    ("_blocks", "U8", "MXFP4, as gpt-oss is released"),
+    ("_blocks", "U8", _what("mxfp4", "mxfp4")),
     (".absmax", "", "bitsandbytes"),
     (".quant_map", "", "bitsandbytes"),
     (".SCB", "", "bitsandbytes"),
     (".g_idx", "", "GPTQ"),
     (".qzeros", "", "AWQ or GPTQ"),
     (".qweight", "I32", "AWQ or GPTQ"),
-    (".weight_global_scale", "", "NVFP4 of compressed-tensors"),
+    (".weight_global_scale", "", _what("compressed-tensors", "nvfp4")),
     (".weight_shape", "", "integers of compressed-tensors"),
     (".weight_packed", "", "compressed-tensors"),
-    ("_scale_2", "", "NVFP4 of ModelOpt"),
+    ("_scale_2", "", _what("modelopt", "nvfp4")),
     (".scale2", "", "NVFP4 of Inkling"),
-    ("_scale_inv", "", "FP8 in blocks"),
+    ("_scale_inv", "", _what("fp8", "fp8-block")),
     (".scales", "U32", "MLX"),
     (".scale", "I8", "FP4 of DeepSeek"),
     ("_scale", "F8_E4M3", "FP8"),

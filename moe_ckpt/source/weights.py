@@ -10,42 +10,45 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from functools import cache
 from math import prod
 from typing import NamedTuple
 
 from ..dtypes import BITS, FLOATS, nbytes_of
 from ..errors import CheckpointError, Problems, show, show_some
-from ..formats import Part
-from ..plan import Encoded, Read
+from ..formats import Part, find_format, without_input_scale
 from .checkpoint import Source
-from .declared import Announced, announcements
-from .encodings import ENCODINGS, SCALE_ENDINGS, Encoding
+from .declared import Declared, declarations
+from .encodings import (
+    CODE_DTYPES,
+    ENCODINGS,
+    INPUT_NAMES,
+    REFUSED_ENDINGS,
+    SCALE_ENDINGS,
+    SHAPE_ENDINGS,
+    Encoding,
+)
 from .headers import TensorInfo
 from .packings import name_of_packing
+from .stored import Encoded, Read, plain
 
 __all__ = ["Found", "Weights", "find_weights", "weights_in", "weights_of"]
 
-_CODES = frozenset({"F8_E4M3", "U8", "I8", "I32"})
-_CODE_ENDINGS = ("weight_packed", "_proj_packed", "weight_blocks", "_proj_blocks")
-
-_REFUSED_ENDINGS = ("_zero_point", "_g_idx")
-_SHAPE_ENDING = "_shape"
-# What may lie beside codes, by their own ending: after the name of their weight ...
+_CODE_ENDINGS = tuple(
+    f"{weight}{of.ending}" for of in ENCODINGS if of.ending for weight in ("weight", "_proj")
+)
+# What may lie beside codes, by their own ending, after the name of their weight.
 _BESIDE = {
     of.ending: tuple(
         dict.fromkeys(
             (
                 *(scale.ending for e in ENCODINGS if e.ending == of.ending for scale in e.scales),
-                *_REFUSED_ENDINGS,
-                _SHAPE_ENDING,
+                *REFUSED_ENDINGS,
+                *SHAPE_ENDINGS,
             )
         )
     )
     for of in ENCODINGS
 }
-# ... and after that of its module.
-_INPUT_ENDINGS = ("input_scale", "input_global_scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,7 @@ class Weights:
     def reads(self, name: str, start: int = 0, count: int | None = None) -> tuple[Read, ...]:
         """The bytes of ``count`` weights of a tensor, from weight ``start`` on, for each part.
 
-        Of a quantized tensor they are whole matrices [N, K].
+        For a quantized tensor they are whole matrices [N, K].
         """
         info = self.tensors[name]
         stored = self._stored.get(name)
@@ -145,12 +148,6 @@ class Weights:
         return stored.kind.name if stored else ""
 
 
-@cache
-def plain(dtype: str) -> Encoded:
-    """Weights that are stored as they are."""
-    return Encoded("bf16", (Part("qweight", dtype, 1),))
-
-
 def weights_of(source: Source) -> Weights:
     """The weights of a source.
 
@@ -158,7 +155,7 @@ def weights_of(source: Source) -> Weights:
         CheckpointError: with every quantized weight that cannot be read, and why.
     """
     tensors = source.tensors
-    announced = announcements(source)
+    declared = declarations(source)
     problems = Problems()
     found = find_weights(tensors)
     for name, codes in found.twice:
@@ -178,13 +175,13 @@ def weights_of(source: Source) -> Weights:
             "incomplete, or quantized in a way that this version does not know"
             f"{_seems(tensors)}",
         )
-    for said in announced:
+    for said in declared:
         said.refuse_contradictions(
             ((name, of.kind.encoded.format, of.kind.name) for name, of in found.stored.items()),
             problems,
         )
     problems.check()
-    return weights_in(tensors, found, announced)
+    return weights_in(tensors, found, declared)
 
 
 def find_weights(tensors: Mapping[str, TensorInfo]) -> Found:
@@ -193,7 +190,7 @@ def find_weights(tensors: Mapping[str, TensorInfo]) -> Found:
 
 
 def weights_in(
-    tensors: Mapping[str, TensorInfo], found: Found, announced: Sequence[Announced]
+    tensors: Mapping[str, TensorInfo], found: Found, declared: Sequence[Declared]
 ) -> Weights:
     """Tensors with their quantized weights as one each; what is unread or left over is not in."""
     names = {of.infos[0].name: name for name, of in found.stored.items()}
@@ -207,16 +204,16 @@ def weights_in(
             )
         elif name not in gone:
             kept[name] = info
-    warnings = [of.unknown_kv_cache for of in announced if of.unknown_kv_cache]
-    if announced and not found.stored:
+    warnings = [of.unknown_kv_cache for of in declared if of.unknown_kv_cache]
+    if declared and not found.stored:
         warnings.append(
-            f"{announced[0].where} says that the weights are quantized, and none is; what it says "
+            f"{declared[0].where} says that the weights are quantized, and none is; what it says "
             "is replaced"
         )
     return Weights(
         tensors=kept,
         encodings=Counter(of.kind.name for of in found.stored.values()),
-        kv_cache=any(of.has_kv_cache for of in announced),
+        kv_cache=any(of.has_kv_cache for of in declared),
         warnings=tuple(warnings),
         _stored=found.stored,
         _kinds=found.kinds,
@@ -242,7 +239,7 @@ class _Finder:
         unread: list[tuple[TensorInfo, str]] = []
         twice: list[tuple[str, str]] = []
         for info in tensors.values():
-            stem = _stem(info) if info.dtype in _CODES else None
+            stem = _stem(info) if info.dtype in CODE_DTYPES else None
             if stem is None:
                 continue
             stored = self._find(info, stem)
@@ -272,7 +269,7 @@ class _Finder:
                 beside[ending] = info
         if stem.endswith("weight"):
             module = stem.removesuffix("weight")
-            for ending in _INPUT_ENDINGS:
+            for ending in INPUT_NAMES:
                 if (info := self._tensors.get(module + ending)) is not None:
                     beside[ending] = info
         looks = [(ending, info.dtype, info.shape) for ending, info in beside.items()]
@@ -312,7 +309,7 @@ def _is_weight(info: TensorInfo) -> bool:
 
 def _kind_of(codes: TensorInfo, stem: str, beside: Mapping[str, TensorInfo]) -> _Kind | None:
     """How the weight of these codes is stored; None if it cannot be read."""
-    if any(ending in beside for ending in _REFUSED_ENDINGS):
+    if any(ending in beside for ending in REFUSED_ENDINGS):
         return None
     for encoding in ENCODINGS:
         if codes.name == stem + encoding.ending and encoding.fits(codes, beside):
@@ -326,21 +323,21 @@ def _kind_in(encoding: Encoding, codes: TensorInfo, beside: Mapping[str, TensorI
     parts += [scale.part(beside[scale.ending].dtype) for scale in encoding.scales]
     scales = [scale.ending for scale in encoding.scales]
     number_format = encoding.format
-    inputs = [ending for ending in _INPUT_ENDINGS if ending in beside]
+    inputs = [ending for ending in INPUT_NAMES if ending in beside]
     first = beside[inputs[0]] if inputs else None
     is_number = first is not None and first.dtype in FLOATS and prod(first.shape) == 1
-    if number_format in ("fp8-tensor", "nvfp4") and first is not None and is_number:
+    if find_format(number_format).input_scale and first is not None and is_number:
         parts.append(Part("input_scale", first.dtype, 0))
         scales.append(inputs[0])
-    elif number_format == "nvfp4":
-        number_format = "nvfp4-w4a16"
+    else:
+        number_format = without_input_scale(number_format)
     lead, n, k = encoding.sizes(codes) or ((), 0, 0)
     return _Kind(
         name=encoding.name,
         encoded=Encoded(number_format, tuple(parts), encoding.inverse),
         shape=(*lead, n, k),
         scales=tuple(scales),
-        others=tuple(ending for ending in (_SHAPE_ENDING, *inputs) if ending in beside),
+        others=tuple(ending for ending in (*SHAPE_ENDINGS, *inputs) if ending in beside),
         part_nbytes=tuple(nbytes_of(part.dtype, part.shape(n, k)) for part in parts),
     )
 
@@ -348,7 +345,7 @@ def _kind_in(encoding: Encoding, codes: TensorInfo, beside: Mapping[str, TensorI
 def _why_not(info: TensorInfo, stem: str, tensors: Mapping[str, TensorInfo]) -> str:
     """What a weight of codes lacks."""
     what = f"{info.name} {info.dtype} {list(info.shape)}"
-    for ending in ("_zero_point", "_g_idx"):
+    for ending in REFUSED_ENDINGS:
         if f"{stem}{ending}" in tensors:
             return f"{what} has {ending[1:]}: only symmetric groups in order can be read"
     endings = sorted({s.ending for e in ENCODINGS for s in e.scales} | {"_weight_scale"})

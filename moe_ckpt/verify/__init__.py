@@ -1,4 +1,4 @@
-"""Check a quantized checkpoint: what no loader says, and what would go wrong unseen.
+"""Check a quantized checkpoint: what no decoder says, and what would go wrong unseen.
 
 Four parts: structure (files, headers, names, shapes), scales (their values), config (what runtimes
 will make of it), and source (whether it is what the source says). Each adds to `Findings`.
@@ -14,7 +14,7 @@ from .findings import PARTS, Difference, Finding, Findings, Runtime
 
 if TYPE_CHECKING:
     from ..engines import Backend
-    from ..planning.options import Limits
+    from ..limits import Limits
     from .subject import Subject
 
 __all__ = ["PARTS", "Difference", "Finding", "Findings", "Runtime", "check_parts", "verify"]
@@ -52,7 +52,7 @@ def verify(
         findings.skipped["source"] = "no --source was given"
     else:
         from ..engines import backend_for
-        from ..planning.options import Limits
+        from ..limits import Limits
 
         part = import_module(".source.comparison", __name__)
         part.against_source(
@@ -71,7 +71,7 @@ def check_parts(subject: Subject, findings: Findings, *, read_weights: bool = Fa
     from .inventory import inventory_of
     from .structure.digests import check_digests
     from .structure.tensors import check_structure
-    from .values.scales import check_scales
+    from .values.scale_values import check_scales
 
     inventory = inventory_of(subject)
     check_structure(subject, inventory, findings)

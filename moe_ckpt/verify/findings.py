@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-__all__ = ["PARTS", "Difference", "Finding", "Findings", "Runtime"]
+__all__ = ["PARTS", "Difference", "Finding", "Findings", "Runtime", "by_effect"]
 
 # What is looked at, in this order.
 PARTS = ("structure", "scales", "config", "source")
@@ -76,3 +76,11 @@ class Findings:
     def by_part(self) -> Mapping[str, list[Finding]]:
         """Part -> its findings, in the order of `PARTS`."""
         return {part: [f for f in self.found if f.part == part] for part in PARTS}
+
+
+def by_effect(found: Iterable[Finding]) -> dict[str, list[Finding]]:
+    """Effect -> the findings that have it."""
+    groups: dict[str, list[Finding]] = {}
+    for finding in found:
+        groups.setdefault(finding.effect, []).append(finding)
+    return groups

@@ -7,15 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..dialects.matching import UNQUANTIZED
 from ..dtypes import FLOATS
-from ..formats import Part
+from ..formats import UNQUANTIZED, Part
 from ..layouts.roles import is_matrix, module_of
 from ..source.headers import TensorInfo
 from .stacks import read_stacks
 from .subject import Subject
 
-__all__ = ["Experts", "Inventory", "Module", "expert_of", "inventory_of", "pairs_of"]
+__all__ = ["Inventory", "LayerExperts", "Module", "expert_of", "inventory_of", "pairs_of"]
 
 _EXPERT = re.compile(r"(.+\.experts)\.([0-9]{1,6})\.([^.]+)")
 _STACK = re.compile(r"(.+\.experts)\.([^.]+)")
@@ -49,7 +48,7 @@ class Module(NamedTuple):
 
 
 @dataclass(slots=True)
-class Experts:
+class LayerExperts:
     """The experts of a layer: by number and projection, or stacked by projection."""
 
     split: dict[int, dict[str, Module]] = field(default_factory=dict)
@@ -75,7 +74,7 @@ class Inventory:
     ``leftover`` are scales and codes of which no module was made.
     """
 
-    experts: Mapping[str, Experts]
+    experts: Mapping[str, LayerExperts]
     linears: Mapping[str, Module]
     leftover: tuple[TensorInfo, ...]
 
@@ -114,7 +113,7 @@ def pairs_of(projections: tuple[str, ...]) -> list[tuple[str, str]]:
 
 def inventory_of(subject: Subject) -> Inventory:
     """The matrices of a checkpoint."""
-    experts: dict[str, Experts] = {}
+    experts: dict[str, LayerExperts] = {}
     linears: dict[str, Module] = {}
     weights = subject.weights
     stacks, leftover = read_stacks(subject.source.tensors, subject.found)
@@ -123,12 +122,12 @@ def inventory_of(subject: Subject) -> Inventory:
     def put(module: Module) -> None:
         match = _EXPERT.fullmatch(module.name)
         if match:
-            found = experts.setdefault(match[1], Experts())
+            found = experts.setdefault(match[1], LayerExperts())
             found.split.setdefault(int(match[2]), {})[match[3]] = module
             return
         match = _STACK.fullmatch(module.name) if len(module.shape) == 3 else None
         if match:
-            experts.setdefault(match[1], Experts()).stacked[match[2]] = module
+            experts.setdefault(match[1], LayerExperts()).stacked[match[2]] = module
         elif len(module.shape) == 2:
             linears[module.name] = module
 

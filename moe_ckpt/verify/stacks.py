@@ -1,10 +1,8 @@
 """Quantized experts of a layer in one tensor, as ModelOpt exports Llama 4 and gpt-oss.
 
-    nvfp4       NAME U8 [E, K/2, N], NAME_weight_scale E4M3 [E, K/16, N], NAME_weight_scale_2 F32
-    fp8-tensor  NAME E4M3 [E, K, N], NAME_weight_scale F32
-
-and NAME_input_scale F32. Where a checkpoint is a source they are not read, so they are not among
-its weights.
+`dialects.modelopt.table` says how they are spelled: codes are [E, K, N], or what is left of K where
+several lie in one item, and scales are beside them. Where a checkpoint is a source they are not
+read, so they are not among its weights.
 """
 
 from __future__ import annotations
@@ -12,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ..formats import Part
+from ..dialects.dialect import Spelling
+from ..dialects.modelopt.table import ALGORITHMS
+from ..formats import Part, find_format
+from ..source.encodings import CODE_DTYPES
 from ..source.headers import TensorInfo
 from ..source.weights import Found
 
@@ -46,27 +47,18 @@ class Stack(NamedTuple):
     parts: tuple[tuple[Part, TensorInfo], ...]
 
 
-_INPUT = ("input_scale", "_input_scale", "F32", 0)
-STACK_FORMS = (
-    StackForm(
-        "nvfp4",
-        "NVFP4 of ModelOpt, stacked",
-        "U8",
-        2,
-        (
-            ("block_scale", "_weight_scale", "F8_E4M3", 16),
-            ("global_scale", "_weight_scale_2", "F32", 0),
-            _INPUT,
-        ),
-    ),
-    StackForm(
-        "fp8-tensor",
-        "FP8 per tensor, stacked",
-        "F8_E4M3",
-        1,
-        (("global_scale", "_weight_scale", "F32", 0), _INPUT),
-    ),
-)
+def _form(spelling: Spelling) -> StackForm:
+    codes, *scales = find_format(spelling.format).parts
+    return StackForm(
+        spelling.format,
+        f"{spelling.what}, stacked",
+        codes.dtype,
+        codes.columns,
+        tuple((p.role, f"_{spelling.suffixes[p.role]}", p.dtype, p.columns) for p in scales),
+    )
+
+
+STACK_FORMS = tuple(_form(of.spelling) for of in ALGORITHMS if of.is_stacked)
 
 
 def read_stacks(
@@ -89,7 +81,7 @@ def read_stacks(
         info.name
         for info in tensors.values()
         if len(info.shape) == 3
-        and info.dtype in ("U8", "I8", "I32", "F8_E4M3")
+        and info.dtype in CODE_DTYPES
         and info.name.endswith("_proj")
         and info.name not in found.stored
     ]

@@ -13,11 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..dialects import dialect_that_writes
 from ..errors import CheckpointError, InputError, OutputRefusedError, show
 from ..layouts import Detection, detect
 from ..output.journal import JOURNAL, PRIVATE, Journal, read_journal
 from ..source.checkpoint import CONFIG, INDEX, Source, is_safe_shard_name, shards_in
-from ..source.declared import HF_QUANT_CONFIG, Announced, everything_said, quantization_beside
+from ..source.declared import HF_QUANT_CONFIG, Declared, everything_declared, quantization_beside
 from ..source.files import read_regular
 from ..source.headers import Shard, TensorInfo, read_header
 from ..source.strict_json import parse_object, type_name
@@ -27,9 +28,6 @@ from .findings import Findings
 __all__ = ["Subject", "open_subject"]
 
 _CAP_NBYTES = 100_000_000
-
-# Our dialects by the quant_method that their config names.
-_DIALECTS = {"modelopt": "modelopt", "compressed-tensors": "compressed-tensors", "fp8": "fp8"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Subject:
     lost: frozenset[str]
     found: Found
     weights: Weights
-    said: Sequence[Announced]
+    said: Sequence[Declared]
     detection: Detection | None
     undetected: tuple[str, ...]
     journal: Journal | None
@@ -74,7 +72,8 @@ class Subject:
     @cached_property
     def dialect(self) -> str | None:
         """The name of the dialect that config.json speaks; None if it is none of ours."""
-        return _DIALECTS.get(self.said[0].method) if self.said else None
+        dialect = dialect_that_writes(self.said[0].method) if self.said else None
+        return dialect.name if dialect else None
 
 
 def open_subject(
@@ -246,17 +245,17 @@ class _Opening:
         lost = [tensor for tensor, shard in weight_map.items() if shard not in shards]
         return shards, tensors, lost
 
-    def said(self, config: Mapping[str, Any]) -> list[Announced]:
+    def said(self, config: Mapping[str, Any]) -> list[Declared]:
         """What config.json and hf_quant_config.json say of quantization."""
         text = self._bytes_of(HF_QUANT_CONFIG)
         try:
             if text is not None and quantization_beside(text) is None:
                 problem = 'has no object "quantization"'
                 self._add(HF_QUANT_CONFIG, problem, "TensorRT-LLM cannot read it")
-            return everything_said(config, text)
+            return everything_declared(config, text)
         except CheckpointError as error:
             self._add_all(HF_QUANT_CONFIG, error, "TensorRT-LLM cannot read it")
-            return everything_said(config, None)
+            return everything_declared(config, None)
 
     def _bytes_of(self, name: str) -> bytes | None:
         if name in self._texts:

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..plan import Job, Plan, Slab
-from ..planning.options import Limits, parse_size
+from ..limits import Limits, parse_size
+from ..plan import Job, Plan
+from ..source.stored import Place, Slab
 
 if TYPE_CHECKING:
     from ..engines import Backend
@@ -45,9 +46,9 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Slabs ``start`` to ``stop`` of a job."""
+    """Slabs ``start`` to ``stop`` of a place."""
 
-    job: Job
+    place: Place
     start: int
     stop: int
 
@@ -59,12 +60,12 @@ class Batch:
     @property
     def slabs(self) -> tuple[Slab, ...]:
         """The slabs."""
-        return self.job.slabs[self.start : self.stop]
+        return self.place.slabs[self.start : self.stop]
 
     @property
     def nbytes(self) -> int:
-        """Source bytes of the batch."""
-        return self.job.slab_nbytes * self.count
+        """Bytes of the batch when it is decoded."""
+        return self.place.slab_nbytes * self.count
 
 
 def budget_for(backend: Backend, limits: Limits, gathered: int = 0) -> Budget:
@@ -88,26 +89,22 @@ def budget_for(backend: Backend, limits: Limits, gathered: int = 0) -> Budget:
     return Budget(stage, max(chunk_items, 1 << 16), workers)
 
 
-def batches(job: Job, budget: Budget) -> Iterator[Batch]:
-    """Cut a job into batches that fit the stage; a slab that does not is a batch by itself."""
-    return split(Batch(job, 0, len(job.slabs)), budget)
+def batches(place: Place, budget: Budget) -> Iterator[Batch]:
+    """Cut a place into batches that fit the stage; a slab that does not is a batch by itself."""
+    return split(Batch(place, 0, len(place.slabs)), budget)
 
 
 def split(batch: Batch, budget: Budget) -> Iterator[Batch]:
     """Cut a batch for another budget."""
-    count = max(1, budget.stage_nbytes // max(batch.job.slab_nbytes, 1))
+    count = max(1, budget.stage_nbytes // max(batch.place.slab_nbytes, 1))
     for start in range(batch.start, batch.stop, count):
-        yield Batch(batch.job, start, min(start + count, batch.stop))
+        yield Batch(batch.place, start, min(start + count, batch.stop))
 
 
 def gathered_nbytes(jobs: Iterable[Job]) -> int:
     """The largest output of a slab that must be complete before any of it is written."""
     return max(
-        (
-            sum(region.slab_nbytes for region in job.regions)
-            for job in jobs
-            if job.is_transposed != job.is_stacked
-        ),
+        (sum(region.slab_nbytes for region in job.regions) for job in jobs if job.is_gathered),
         default=0,
     )
 

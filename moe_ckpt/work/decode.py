@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 from ..engines import Engine, host_items
 from ..errors import CheckpointError, show
 from ..formats import Part
-from ..plan import Job
 from ..source.items import DTYPES, numbers
+from ..source.stored import Place
 from .batches import Batch, Budget
 from .reader import SourceReader
 
-__all__ = ["Loader"]
+__all__ = ["Decoder"]
 
 
-class Loader:
+class Decoder:
     """What one thread reads, into the buffers of its engine."""
 
     def __init__(self, reader: SourceReader, engine: Engine, budget: Budget) -> None:
@@ -33,7 +33,7 @@ class Loader:
         On the engine's device. Weights that are not quantized keep their dtype, others become
         float32.
         """
-        if batch.job.encoded.is_plain:
+        if batch.place.encoded.is_plain:
             return self._engine.weights(self._rows(batch, start, stop))
         return self._decoded(batch, start, stop)
 
@@ -45,13 +45,13 @@ class Loader:
         return self._decoded(batch, start, stop, one)
 
     def _decoded(self, batch: Batch, start: int, stop: int, one: int | None = None) -> Any:
-        job = batch.job
-        K = job.columns
+        place = batch.place
+        K = place.columns
         out = self._engine.empty("decoded", (batch.count, stop - start, K))
-        step = job.encoded.row_step
+        step = place.encoded.row_step
         rows = max(1, self._budget.chunk_items // (batch.count * K) // step) * step
         at = 0
-        for r, first, last in self._members(job, start, stop):
+        for r, first, last in self._members(place, start, stop):
             scalars = self._scalars_of(batch, r)
             # Items of a part may cover several rows: begin with a whole item, and drop the rest.
             for aligned in range(first // step * step, last, rows):
@@ -60,12 +60,12 @@ class Loader:
                     part.role: self._ones(batch, part, end - aligned, one)
                     if one is not None and part.role == "qweight"
                     else self._part(batch, r, part, aligned, end)
-                    for part in job.encoded.parts
+                    for part in place.encoded.parts
                     if not part.is_scalar
                 }
                 skip = max(first - aligned, 0)
                 into = out[:, at : at + end - aligned - skip]
-                self._engine.decode(job.encoded, parts | scalars, into, skip)
+                self._engine.decode(place.encoded, parts | scalars, into, skip)
                 at += end - aligned - skip
         return out
 
@@ -77,21 +77,21 @@ class Loader:
         Raises:
             CheckpointError: a weight or a scale is no number.
         """
-        job = batch.job
+        place = batch.place
         found = {}
-        for part in job.encoded.parts:
+        for part in place.encoded.parts:
             if part.is_scalar:
                 continue
-            if job.encoded.is_plain:
+            if place.encoded.is_plain:
                 found[part.role] = self._rows(batch, start, stop)
                 continue
             pieces = []
-            for r, first, last in self._members(job, start, stop):
+            for r, first, last in self._members(place, start, stop):
                 piece = self._part(batch, r, part, first, last)
                 if part.dtype == "F8_E4M3" and part.role == "qweight" and _has_nan(piece):
                     values = numbers(piece, part.dtype)
                     _refuse(np.isnan(values), batch, r, "weight", values, first)
-                pieces.append(piece if len(job.source_rows) == 1 else piece.copy())
+                pieces.append(piece if len(place.source_rows) == 1 else piece.copy())
             found[part.role] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, 1)
         return found
 
@@ -102,7 +102,9 @@ class Loader:
             CheckpointError: one is not a finite number above 0.
         """
         members = len(batch.slabs[0].reads)
-        index, part = next((i, p) for i, p in enumerate(batch.job.encoded.parts) if p.role == role)
+        index, part = next(
+            (i, p) for i, p in enumerate(batch.place.encoded.parts) if p.role == role
+        )
         raw = np.empty((batch.count, members), DTYPES[part.dtype])
         for b, slab in enumerate(batch.slabs):
             for r, reads in enumerate(slab.reads):
@@ -117,7 +119,7 @@ class Loader:
 
     def _scalars_of(self, batch: Batch, r: int) -> dict[str, NDArray[np.float32]]:
         """What a codec needs beside the parts with rows, for source tensor ``r``: [B] each."""
-        encoded = batch.job.encoded
+        encoded = batch.place.encoded
         found = {}
         for part in encoded.parts:
             if part.is_scalar and part.role != "input_scale":
@@ -126,10 +128,10 @@ class Loader:
                 found[role] = self.scalars(batch, part.role)[:, r]
         return found
 
-    def _members(self, job: Job, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    def _members(self, place: Place, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """The source tensors that hold rows ``start`` to ``stop`` of a slab, and their own rows."""
         before = 0
-        for r, count in enumerate(job.source_rows):
+        for r, count in enumerate(place.source_rows):
             first, last = max(start - before, 0), min(stop - before, count)
             if first < last:
                 yield r, first, last
@@ -137,11 +139,11 @@ class Loader:
 
     def _part(self, batch: Batch, r: int, part: Part, start: int, stop: int) -> NDArray[Any]:
         """The items of a part for rows ``start`` to ``stop`` of source tensor ``r``."""
-        job = batch.job
-        index = job.encoded.parts.index(part)
+        place = batch.place
+        index = place.encoded.parts.index(part)
         first, last = start // part.rows, -(-stop // part.rows)
-        row_nbytes = part.row_nbytes(job.columns)
-        shape = (batch.count, *part.shape(1, job.columns))
+        row_nbytes = part.row_nbytes(place.columns)
+        shape = (batch.count, *part.shape(1, place.columns))
         items = host_items(self._engine, part.role, part.dtype, (shape[0], last - first, shape[2]))
         for b, slab in enumerate(batch.slabs):
             self._reader.read(slab.reads[r][index], first * row_nbytes, _bytes(items[b]))
@@ -154,16 +156,18 @@ class Loader:
 
     def _ones(self, batch: Batch, part: Part, rows: int, one: int) -> NDArray[Any]:
         """Codes of 1."""
-        shape = (batch.count, *part.shape(rows, batch.job.columns))
+        shape = (batch.count, *part.shape(rows, batch.place.columns))
         items = host_items(self._engine, part.role, part.dtype, shape)
         items.view(np.uint8)[...] = one
         return items
 
     def _rows(self, batch: Batch, start: int, stop: int) -> NDArray[Any]:
         """Stored rows of weights that are not quantized, whatever their orientation."""
-        job = batch.job
-        row_nbytes, columns = job.stored_row_nbytes, job.stored_shape[1]
-        rows = host_items(self._engine, "weights", job.dtype, (batch.count, stop - start, columns))
+        place = batch.place
+        row_nbytes, columns = place.stored_row_nbytes, place.stored_shape[1]
+        rows = host_items(
+            self._engine, "weights", place.dtype, (batch.count, stop - start, columns)
+        )
         for position, slab in enumerate(batch.slabs):
             into = _bytes(rows[position])
             skip = start * row_nbytes

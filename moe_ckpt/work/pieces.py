@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines import Engine, host_items
-from ..formats import Part, find_format
+from ..formats import Part, QuantFormat, find_format
 from ..plan import Job, Region
+from ..source.stored import Place
 from .batches import Batch, Budget
 
-__all__ = ["Chunk", "PieceWriter", "Sink", "cut", "write"]
+__all__ = ["Chunk", "PieceWriter", "Sink", "cut", "matrices_of", "write"]
 
 
 class Sink(Protocol):
@@ -50,20 +51,29 @@ class Chunk:
         return self.b, rows, items
 
 
-def cut(batch: Batch, budget: Budget) -> list[tuple[int, int]]:
-    """Ranges of stored rows that fit the stage; one if the batch does."""
-    job = batch.job
-    target = find_format(job.format)
-    total, _ = job.stored_shape
+def cut(batch: Batch, budget: Budget, target: QuantFormat | None = None) -> list[tuple[int, int]]:
+    """Ranges of stored rows that fit the stage; one if the batch does.
+
+    ``target``: the format that the weights become; None if they are only looked at.
+    """
+    place = batch.place
+    total, _ = place.stored_shape
     if batch.nbytes <= budget.stage_nbytes:
         return [(0, total)]
-    if job.is_transposed:
-        multiple = target.k_multiple
+    if place.is_transposed:
+        multiple = target.k_multiple if target else 1
     else:
-        multiple = lcm(target.row_step, job.encoded.row_step) * (1 + job.is_interleaved)
-    step = budget.stage_nbytes // job.stored_row_nbytes // multiple * multiple
+        row_step = target.row_step if target else 1
+        multiple = lcm(row_step, place.encoded.row_step) * (1 + place.is_interleaved)
+    step = budget.stage_nbytes // place.stored_row_nbytes // multiple * multiple
     step = max(step, multiple)
     return [(start, min(start + step, total)) for start in range(0, total, step)]
+
+
+def matrices_of(place: Place, stored: Any) -> tuple[Any, ...]:
+    """Views [B, N, K] of stored rows [B, rows, columns]: gate and up apart if they alternate."""
+    matrices = stored.swapaxes(1, 2) if place.is_transposed else stored
+    return (matrices[:, 0::2], matrices[:, 1::2]) if place.is_interleaved else (matrices,)
 
 
 class PieceWriter:
@@ -74,15 +84,19 @@ class PieceWriter:
         self._budget = budget
 
     def chunks(
-        self, batch: Batch, piece: tuple[int, int], shape: tuple[int, ...], out: Sink
+        self,
+        job: Job,
+        batch: Batch,
+        piece: tuple[int, int],
+        shape: tuple[int, ...],
+        out: Sink,
     ) -> Iterator[Chunk]:
         """The chunks of a piece [B, P, N, K], to be filled; after the last, it is written.
 
         A piece that is a part of every output row is gathered, and written with the last piece.
         """
-        job = batch.job
         results = {
-            part.role: (part, *self._buffer(part, batch, piece, shape))
+            part.role: (part, *self._buffer(part, job, piece, shape))
             for part in job.parts
             if not part.is_scalar
         }
@@ -92,15 +106,16 @@ class PieceWriter:
                 for role, (part, _, view) in results.items():
                     chunk.out[role] = view[:, p][chunk.of(part)]
                 yield chunk
-        if _gathers(job) and piece[1] < job.stored_shape[0]:
+        if job.is_gathered and piece[1] < job.place.stored_shape[0]:
             return
         for region in job.regions:
             if region.row_nbytes:
                 part, buffer, _ = results[region.role]
-                self._write(batch, piece, region, part, buffer, out)
+                self._write(job, batch, piece, region, part, buffer, out)
 
     def _write(
         self,
+        job: Job,
         batch: Batch,
         piece: tuple[int, int],
         region: Region,
@@ -108,33 +123,32 @@ class PieceWriter:
         buffer: NDArray[Any],
         out: Sink,
     ) -> None:
-        job, (start, stop) = batch.job, piece
+        start, stop = piece
         offset = region.offset + batch.start * region.slab_nbytes
-        if _gathers(job) or stop - start == job.stored_shape[0]:
+        if job.is_gathered or stop - start == job.place.stored_shape[0]:
             write(out, offset, buffer)
         elif job.is_stacked:
             write(out, offset + start // part.columns * region.row_nbytes, buffer)
         else:
             for p in range(buffer.shape[1]):
-                row = (p * job.rows[0] + start // buffer.shape[1]) // part.rows
+                row = (p * job.place.rows[0] + start // buffer.shape[1]) // part.rows
                 write(out, offset + row * region.row_nbytes, buffer[:, p])
 
     def _buffer(
-        self, part: Part, batch: Batch, piece: tuple[int, int], shape: tuple[int, ...]
+        self, part: Part, job: Job, piece: tuple[int, int], shape: tuple[int, ...]
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         """A buffer in the order of the output, and its view [B, P, rows, items] for this piece."""
-        job = batch.job
         B, P, N, K = shape
         rows, items = part.shape(N, K)
         if job.is_stacked:
-            all_rows = job.slab_rows if _gathers(job) else rows
+            all_rows = job.place.slab_rows if job.is_gathered else rows
             buffer = self._empty(part, (B, items, all_rows))
             view = buffer.swapaxes(1, 2)[:, None]
-            return buffer, view[:, :, piece[0] : piece[1]] if _gathers(job) else view
-        if not _gathers(job):
+            return buffer, view[:, :, piece[0] : piece[1]] if job.is_gathered else view
+        if not job.is_gathered:
             buffer = self._empty(part, (B, P, rows, items))
             return buffer, buffer
-        all_items = part.shape(N, job.columns)[1]
+        all_items = part.shape(N, job.place.columns)[1]
         buffer = self._empty(part, (B, P, rows, all_items))
         first = piece[0] // part.columns
         return buffer, buffer[..., first : first + items]
@@ -158,7 +172,7 @@ class PieceWriter:
             # A recoded matrix is cut where neither format has a block.
             multiple = target.k_multiple
             if job.is_recoded:
-                multiple = lcm(multiple, find_format(job.encoded.format).k_multiple)
+                multiple = lcm(multiple, find_format(job.place.encoded.format).k_multiple)
             columns = max(1, items // rows // multiple) * multiple
         for b in range(B):
             for n in range(0, N, rows):
@@ -169,11 +183,3 @@ class PieceWriter:
 def write(out: Sink, offset: int, values: NDArray[Any]) -> None:
     """Write the bytes of an array, in the order of its items."""
     out.write(offset, np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-
-
-def _gathers(job: Job) -> bool:
-    """Whether stored rows become columns of the output, so that it is complete only with the last.
-
-    Stored rows are columns of the matrix if it is transposed, and a stack is written transposed.
-    """
-    return job.is_transposed != job.is_stacked

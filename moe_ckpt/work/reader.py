@@ -13,12 +13,12 @@ from contextlib import suppress
 from threading import Event, Lock
 
 from ..errors import EnvironmentFaultError, show
-from ..plan import Read
 from ..source.headers import Shard
+from ..source.stored import Read
 
 __all__ = ["SourceReader"]
 
-# Errors of network disks that pass, and how long to wait before each further attempt.
+# Transient errors of network disks, and how long to wait before each new attempt.
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET)
 _PAUSES_S = (0.5, 2.0, 8.0)
 

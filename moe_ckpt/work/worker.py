@@ -20,10 +20,9 @@ from ..formats.scales import scale_of
 from ..plan import Copy, Job
 from ..source.items import DTYPES, numbers
 from .batches import Batch, Budget, split
-from .decode import Loader
+from .decode import Decoder
 from .magnitudes import Magnitudes, rows_of_piece
-from .orientation import matrices_of
-from .pieces import PieceWriter, Sink, cut, write
+from .pieces import PieceWriter, Sink, cut, matrices_of, write
 from .reader import SourceReader
 from .scalars import stored_scalars, write_scalars
 
@@ -49,8 +48,8 @@ class Worker:
 
     def _use(self, budget: Budget) -> None:
         self._budget = budget
-        self._loader = Loader(self._reader, self._engine, budget)
-        self._magnitudes = Magnitudes(self._loader, self._engine, budget)
+        self._decoder = Decoder(self._reader, self._engine, budget)
+        self._magnitudes = Magnitudes(self._decoder, self._engine, budget)
         self._pieces = PieceWriter(self._engine, budget)
 
     def copy(self, item: Copy, out: Sink) -> int:
@@ -69,23 +68,33 @@ class Worker:
         return item.read.nbytes
 
     def amax(self, batch: Batch) -> list[float]:
-        """The largest magnitude of each slab; of MXFP4 that is cast, its largest exponent.
+        """The largest magnitude of each slab.
 
         Raises:
             CheckpointError: a weight is NaN or infinite.
         """
         return [value for values in self._in_parts(self._amax, batch) for value in values]
 
-    def convert(self, batch: Batch, out: Sink, shared: float | None = None) -> int:
-        """Write all output of a batch; returns the source bytes it was made of.
+    def largest(self, job: Job, batch: Batch) -> list[float]:
+        """What slabs of a job that are stacked must agree on: the largest one of all counts.
 
-        ``shared`` is what `amax` found, of slabs that share it with others.
+        It is the largest magnitude; of MXFP4 that is cast, the largest exponent.
+        """
+        if not _is_cast(job):
+            return self.amax(batch)
+        parts = self._in_parts(self._max_exponent, batch)
+        return [float(value) for values in parts for value in values.tolist()]
+
+    def convert(self, job: Job, batch: Batch, out: Sink, shared: float | None = None) -> int:
+        """Write all output of a batch of a job; returns the source bytes it was made of.
+
+        ``shared`` is the largest that `largest` found, of slabs that share it with others.
 
         Raises:
             CheckpointError: a weight is NaN or infinite, or too large for the format, or scales
                 contradict each other.
         """
-        for _ in self._in_parts(partial(self._convert, out=out, shared=shared), batch):
+        for _ in self._in_parts(partial(self._convert, job, out=out, shared=shared), batch):
             pass
         reads = [read for slab in batch.slabs for reads in slab.reads for read in reads]
         for read in reads:
@@ -108,42 +117,40 @@ class Worker:
             yield from self._in_parts(work, part)
 
     def _amax(self, batch: Batch) -> list[float]:
-        if _is_cast(batch.job):
-            exponents: list[float] = self._max_exponent(batch).tolist()
-            return exponents
         rows = self._magnitudes.of_rows(batch, cut(batch, self._budget))
         found: list[float] = rows.max(1).tolist()
         return found
 
-    def _convert(self, batch: Batch, out: Sink, shared: float | None) -> None:
-        if not batch.job.is_recoded:
-            scalars = self._quantize(batch, out, shared)
-        elif _is_cast(batch.job):
-            scalars = self._cast(batch, out, shared)
+    def _convert(self, job: Job, batch: Batch, out: Sink, shared: float | None) -> None:
+        if not job.is_recoded:
+            scalars = self._quantize(job, batch, out, shared)
+        elif _is_cast(job):
+            scalars = self._cast(job, batch, out, shared)
         else:
-            scalars = self._move(batch, out)
-        write_scalars(batch, scalars, self._loader, out)
+            scalars = self._move(job, batch, out)
+        write_scalars(job, batch, scalars, self._decoder, out)
 
-    def _quantize(self, batch: Batch, out: Sink, shared: float | None) -> Scalars:
+    def _quantize(self, job: Job, batch: Batch, out: Sink, shared: float | None) -> Scalars:
         """Round weights to the parts of a format; returns its scalars."""
-        job, target = batch.job, find_format(batch.job.format)
-        pieces = cut(batch, self._budget)
-        whole = self._loader.weights(batch, *pieces[0]) if len(pieces) == 1 else None
-        known = [shared if shared is not None else slab.amax for slab in batch.slabs]
+        place, target = batch.place, find_format(job.format)
+        pieces = cut(batch, self._budget, target)
+        whole = self._decoder.weights(batch, *pieces[0]) if len(pieces) == 1 else None
+        outputs = job.outputs[batch.start : batch.stop]
+        known = [shared if shared is not None else output.amax for output in outputs]
         if None in known or target.amax_of_rows:
-            amax_BN = self._magnitudes.of_rows(batch, pieces, whole, target.limit)
+            amax_BN = self._magnitudes.of_rows(batch, pieces, whole, target)
             amax = amax_BN if target.amax_of_rows else amax_BN.max(1)
         else:
             amax = np.array(known, np.float32)
         scale = scale_of(amax, target.largest) if target.largest else None
         for piece in pieces:
-            stored = whole if whole is not None else self._loader.weights(batch, *piece)
-            matrices = matrices_of(job, stored)
+            stored = whole if whole is not None else self._decoder.weights(batch, *piece)
+            matrices = matrices_of(place, stored)
             scales: tuple[NDArray[np.float32] | None, ...] = (scale,) * len(matrices)
             if scale is not None and target.amax_of_rows:
-                scales = rows_of_piece(job, scale, piece)
+                scales = rows_of_piece(place, scale, piece)
             B, N, K = matrices[0].shape
-            for chunk in self._pieces.chunks(batch, piece, (B, len(matrices), N, K), out):
+            for chunk in self._pieces.chunks(job, batch, piece, (B, len(matrices), N, K), out):
                 weight_BNK = matrices[chunk.p][chunk.b, chunk.n, chunk.k]
                 of_chunk = scales[chunk.p]
                 if of_chunk is not None:
@@ -153,20 +160,20 @@ class Worker:
                 self._engine.quantize(target, weight_BNK, of_chunk, chunk.out)
         return {} if scale is None else {"global_scale": scale}
 
-    def _move(self, batch: Batch, out: Sink) -> Scalars:
+    def _move(self, job: Job, batch: Batch, out: Sink) -> Scalars:
         """Parts as they are, under other names and in another order; returns the scalars."""
-        job = batch.job
-        dtypes = {part.role: part.dtype for part in job.encoded.parts}
-        for piece in cut(batch, self._budget):
-            stored = self._loader.parts(batch, *piece)
-            if job.encoded.is_plain:
+        place = batch.place
+        dtypes = {part.role: part.dtype for part in place.encoded.parts}
+        for piece in cut(batch, self._budget, find_format(job.format)):
+            stored = self._decoder.parts(batch, *piece)
+            if place.encoded.is_plain:
                 weights = self._engine.weights(stored["qweight"])
                 self._magnitudes.of_rows(batch, [piece], weights)
-            views = {role: matrices_of(job, items) for role, items in stored.items()}
+            views = {role: matrices_of(place, items) for role, items in stored.items()}
             B, N, _ = views["qweight"][0].shape
-            columns = piece[1] - piece[0] if job.is_transposed else job.columns
+            columns = piece[1] - piece[0] if place.is_transposed else place.columns
             shape = (B, len(views["qweight"]), N, columns)
-            for chunk in self._pieces.chunks(batch, piece, shape, out):
+            for chunk in self._pieces.chunks(job, batch, piece, shape, out):
                 for part in job.parts:
                     if not part.is_scalar:
                         items = views[part.role][chunk.p][chunk.of(part)]
@@ -174,24 +181,24 @@ class Worker:
                             items = numbers(items, dtypes[part.role])
                         np.copyto(chunk.out[part.role], items)
         roles = [part.role for part in job.parts if part.is_scalar and part.role != "input_scale"]
-        return {role: stored_scalars(batch, role, self._loader) for role in roles}
+        return {role: stored_scalars(job, batch, role, self._decoder) for role in roles}
 
-    def _cast(self, batch: Batch, out: Sink, shared: float | None) -> Scalars:
+    def _cast(self, job: Job, batch: Batch, out: Sink, shared: float | None) -> Scalars:
         """MXFP4 as NVFP4: the same codes under other scales; returns the global ones."""
-        job = batch.job
+        place = batch.place
         if shared is None:
             exponent_B = self._max_exponent(batch)
         else:
             exponent_B = np.full(batch.count, int(shared), np.int32)
-        for piece in cut(batch, self._budget):
-            stored = self._loader.parts(batch, *piece)
-            views = {role: matrices_of(job, items) for role, items in stored.items()}
+        for piece in cut(batch, self._budget, find_format(job.format)):
+            stored = self._decoder.parts(batch, *piece)
+            views = {role: matrices_of(place, items) for role, items in stored.items()}
             B, N, _ = views["qweight"][0].shape
-            shape = (B, len(views["qweight"]), N, job.columns)
-            for chunk in self._pieces.chunks(batch, piece, shape, out):
+            shape = (B, len(views["qweight"]), N, place.columns)
+            for chunk in self._pieces.chunks(job, batch, piece, shape, out):
                 parts = {
                     part.role: views[part.role][chunk.p][chunk.of(part)]
-                    for part in job.encoded.parts
+                    for part in place.encoded.parts
                 }
                 self.inexact_blocks += nvfp4_from_mxfp4.cast(parts, exponent_B[chunk.b], chunk.out)
         return {"global_scale": nvfp4_from_mxfp4.global_scale(exponent_B)}
@@ -199,7 +206,7 @@ class Worker:
     def _max_exponent(self, batch: Batch) -> NDArray[np.int32]:
         """The largest exponent of each slab's blocks, int32 [B]."""
         found = [
-            nvfp4_from_mxfp4.max_exponent(self._loader.parts(batch, *piece))
+            nvfp4_from_mxfp4.max_exponent(self._decoder.parts(batch, *piece))
             for piece in cut(batch, self._budget)
         ]
         largest: NDArray[np.int32] = np.maximum.reduce(found)
@@ -207,4 +214,6 @@ class Worker:
 
 
 def _is_cast(job: Job) -> bool:
-    return job.is_recoded and job.encoded.format == "mxfp4" and job.format != "mxfp4"
+    """Whether codes stay and their scales become those of another format."""
+    source, target = find_format(job.place.encoded.format), find_format(job.format)
+    return job.is_recoded and source.weights != target.weights

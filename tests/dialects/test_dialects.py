@@ -15,7 +15,7 @@ from moe_ckpt.dialects import (
     QuantizedExperts,
     dialect_for,
     find_dialect,
-    loaders_of,
+    runtimes_of_spelling,
 )
 from moe_ckpt.errors import LayoutError, UsageError
 from moe_ckpt.formats import FORMATS
@@ -97,18 +97,22 @@ def test_every_format_has_a_dialect_and_every_spelling_has_its_roles():
                 assert set(dialect.spellings[row.name].suffixes) == roles, (dialect.name, row.name)
 
 
-def test_loaders():
+def test_runtimes():
     modelopt, ct = find_dialect("modelopt"), find_dialect(CT)
-    assert loaders_of(modelopt, ["nvfp4"], ["fp8-tensor"]) == ("vLLM", "SGLang", "TensorRT-LLM")
-    assert loaders_of(modelopt, ["nvfp4"], ["mxfp8"]) == ("vLLM", "TensorRT-LLM")
+    assert runtimes_of_spelling(modelopt, ["nvfp4"], ["fp8-tensor"]) == (
+        "vLLM",
+        "SGLang",
+        "TensorRT-LLM",
+    )
+    assert runtimes_of_spelling(modelopt, ["nvfp4"], ["mxfp8"]) == ("vLLM", "TensorRT-LLM")
     every = ("vLLM", "SGLang", "transformers")
-    assert loaders_of(ct, ["int4-g32"], ["fp8-channel", "bf16"]) == every
-    assert loaders_of(ct, ["fp8-tensor", "bf16"], ["int4-g32"]) == every
-    assert loaders_of(ct, ["bf16"], ["fp8-tensor"]) == every
-    assert loaders_of(ct, ["int4-g32", "fp8-channel"]) == ("vLLM", "SGLang")
+    assert runtimes_of_spelling(ct, ["int4-g32"], ["fp8-channel", "bf16"]) == every
+    assert runtimes_of_spelling(ct, ["fp8-tensor", "bf16"], ["int4-g32"]) == every
+    assert runtimes_of_spelling(ct, ["bf16"], ["fp8-tensor"]) == every
+    assert runtimes_of_spelling(ct, ["int4-g32", "fp8-channel"]) == ("vLLM", "SGLang")
     # Packed experts beside experts that stay, or what transformers takes for them.
-    assert loaders_of(ct, ["int4-g32", "bf16"], ["fp8-channel"]) == ("vLLM", "SGLang")
-    assert loaders_of(ct, ["bf16"], ["int4-g32", "fp8-channel"]) == ("vLLM", "SGLang")
+    assert runtimes_of_spelling(ct, ["int4-g32", "bf16"], ["fp8-channel"]) == ("vLLM", "SGLang")
+    assert runtimes_of_spelling(ct, ["bf16"], ["int4-g32", "fp8-channel"]) == ("vLLM", "SGLang")
 
 
 def test_tensor_names():

@@ -25,9 +25,9 @@ from moe_ckpt.engines import Backend, backend_for, with_torch
 from moe_ckpt.errors import EnvironmentFaultError, UsageError
 from moe_ckpt.formats import FORMATS, find_format
 from moe_ckpt.formats.scales import scale_of
-from moe_ckpt.plan import Encoded
-from moe_ckpt.planning.options import Limits
+from moe_ckpt.limits import Limits
 from moe_ckpt.source.items import DTYPES
+from moe_ckpt.source.stored import Encoded
 from moe_ckpt.work.batches import Budget, budget_for
 
 with_numba = pytest.importorskip("moe_ckpt.engines.with_numba")
@@ -363,10 +363,9 @@ def test_without_a_gpu_for_triton_torch_does_it_and_says_why():
 @pytest.mark.parametrize("name", ["nvfp4", "fp8-channel", "int4-g32"])
 def test_formats_without_a_kernel_are_left_to_torch(monkeypatch, name):
     row = find_format(name)
-    module, _, codec = row.module.partition(":")
-    there = importlib.import_module(f"moe_ckpt.formats.{module}")
+    there = importlib.import_module(f"moe_ckpt.formats.{row.module}")
     monkeypatch.setitem(sys.modules, "moe_ckpt.formats.elsewhere", there)
-    moved = replace(row, module=f"elsewhere:{codec}" if codec else "elsewhere")
+    moved = replace(row, module="elsewhere")
     weight = adversarial(torch.bfloat16)
     scale = scale_for(row, weight)
     assert quantized(NUMBA.make(), moved, weight, scale, "F") == quantized(

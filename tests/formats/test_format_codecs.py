@@ -90,10 +90,10 @@ def test_int4_reference_vector():
         "9f6d4b18 3a07e5b2 88888888 88888888",
     ]
     out = {"qweight": torch.empty(1, 2, 4, dtype=torch.int32), "block_scale": torch.empty(1, 2, 1)}
-    parts = int4.G32.quantize(vector(), NONE, out)
+    parts = int4.of_group(32).quantize(vector(), NONE, out)
     assert parts["block_scale"].flatten().tolist() == [0.26249998807907104, 0.2541666626930237]
     assert words(parts["qweight"]) == expected
-    parts = int4.G32.quantize(vector(), NONE)
+    parts = int4.of_group(32).quantize(vector(), NONE)
     assert parts["block_scale"].dtype == torch.bfloat16
     assert parts["block_scale"].flatten().tolist() == [0.26171875, 0.25390625]
     assert words(parts["qweight"]) == expected
@@ -200,7 +200,7 @@ def test_int4_divides_by_the_scale_as_it_is_stored(amax):
     parts = quantize("int4-g32", w)
     scale = parts["block_scale"].float()
     want = (w / scale).round().clamp(-8, 7) * scale
-    assert torch.equal(int4.G32.dequantize(parts), want)
+    assert torch.equal(int4.of_group(32).dequantize(parts), want)
     exact = abs_max(w) / 7.5
     assert same(parts["block_scale"], exact.unsqueeze(-1).bfloat16())
 
@@ -273,7 +273,7 @@ def test_extremes_keep_finite_positive_scales(row, values, dtype):
     for scale in real_scales(parts):
         assert (scale > 0).all()
         assert scale.isfinite().all()
-        assert (1 / scale).isfinite().all()  # loaders invert some
+        assert (1 / scale).isfinite().all()  # runtimes invert some
     found = row.codec().dequantize(parts)
     assert (found * w.float() >= 0).all()
     # A code beyond the largest weight may stand for more than float32 holds.
@@ -288,7 +288,7 @@ def test_int4_with_float16_scales_neither_overflows_nor_vanishes(largest):
         "block_scale": torch.empty(1, 1, 1, dtype=torch.float16),
     }
     for factor in (1.0, 1e6, 1e-6):
-        scale = int4.G32.quantize(w * factor, NONE, out)["block_scale"]
+        scale = int4.of_group(32).quantize(w * factor, NONE, out)["block_scale"]
         assert 0 < scale.item() <= 65504
 
 
@@ -348,7 +348,9 @@ def test_what_was_decoded_quantizes_to_itself(name):
 def test_int4_element_i_is_at_bits_4i_of_its_word():
     row = torch.zeros(1, 1, 32)
     row[0, 0, :8] = torch.tensor([-7.5, -6, -5, -4, -3, -2, -1, 7])
-    assert words(int4.G32.quantize(row, NONE)["qweight"])[0].startswith("f7654320 88888888")
+    assert words(int4.of_group(32).quantize(row, NONE)["qweight"])[0].startswith(
+        "f7654320 88888888"
+    )
 
 
 def test_mxfp4_even_column_is_the_low_nibble():

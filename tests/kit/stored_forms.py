@@ -42,7 +42,7 @@ def make(folder, family, form, i, h, *, dtype=torch.bfloat16, shards=2, count=E)
             stored += [values, torch.arange(count * h).view(count, h).to(dtype) - 7]
         tensors |= dict(zip(names, stored, strict=True))
         for e, projections in enumerate(experts):
-            module = family.loader_name(f"{prefix}.{family.split}.{e}")
+            module = family.runtime_name(f"{prefix}.{family.split}.{e}")
             present = [matrix for matrix in projections if matrix is not None]
             matrices[module] = dict(zip(family.projections, present, strict=True))
             if form.biases:

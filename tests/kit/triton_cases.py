@@ -14,8 +14,8 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from kit.with_scales import scale_for
 
+from kit.with_scales import scale_for
 from moe_ckpt.formats import FORMATS, find_format
 from moe_ckpt.formats.amax import abs_max
 from moe_ckpt.kernels import gpu
@@ -103,7 +103,7 @@ def differences(row, weight_BNK, stored):
     amax_BN = abs_max(weight_BNK)
     scale = scale_for(row, amax_BN if row.amax_of_rows else amax_BN.amax(1))
     want = row.codec().quantize(weight_BNK, scale)
-    codec = row.module.partition(":")[0]
+    codec = row.module
     scale = None if scale is None else scale.to(stored.device)
     out = {role: torch.empty_like(part, device=stored.device) for role, part in want.items()}
     for part in out.values():

@@ -112,7 +112,7 @@ def test_every_source_tensor_goes_one_way(tmp_path, name, mode, experts):
     """Every byte of the source is read by one job or one copy, and each tensor by one kind."""
     plan = plan_of(tmp_path, checkpoint(tmp_path, name, mode), "linear", experts)
     copies = [copy for shard in plan.shards for copy in shard.copies]
-    slabs = [slab for shard in plan.shards for job in shard.jobs for slab in job.slabs]
+    slabs = [slab for shard in plan.shards for job in shard.jobs for slab in job.place.slabs]
     ranges = [(copy.read.offset, copy.read.nbytes) for copy in copies]
     ranges += [(read.offset, read.nbytes) for slab in slabs for (read,) in slab.reads]
     end = plan.source_shards[0].nbytes - plan.source_nbytes
@@ -129,6 +129,14 @@ def test_every_source_tensor_goes_one_way(tmp_path, name, mode, experts):
 def test_no_model_type_is_in_two_rows():
     types = [t for family in FAMILIES for t in family.model_types] + list(UNSUPPORTED)
     assert len(types) == len(set(types))
+
+
+def test_tensorrt_llm_has_model_types_of_the_rows_that_say_so():
+    for family in FAMILIES:
+        assert {*family.in_tensorrt_llm} <= {*family.model_types}, family.name
+        for model_type in family.model_types:
+            has_it = "TensorRT-LLM" in family.split_runtimes(model_type)
+            assert has_it == (model_type in family.in_tensorrt_llm)
 
 
 # Below: one small fused checkpoint, changed in one way each.
@@ -394,7 +402,7 @@ def test_linears_that_runtimes_fuse_share_an_amax(tmp_path, parent, leaves):
     config = CONFIG | {"moe_intermediate_size": 32}
     folder = write_headers(tmp_path / "in", {"model.safetensors": experts | tensors}, config)
     plan = moe_ckpt.make_plan(folder, quantize="linear")
-    slabs = {slab.modules for shard in plan.shards for job in shard.jobs for slab in job.slabs}
+    slabs = {made.modules for shard in plan.shards for job in shard.jobs for made in job.outputs}
     assert tuple(names) in slabs
     assert all((name,) in slabs for name in apart)
 

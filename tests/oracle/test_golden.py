@@ -230,5 +230,5 @@ def test_fused_experts_of_bf16_stay_as_they_are(tmp_path):
     """For gpt-oss that is what runtimes read; none reads it one by one."""
     source = FIXTURES / "gpt_oss" / "source"
     plan = moe_ckpt.convert(source, tmp_path / "out", format="bf16").plan
-    assert "vLLM" in plan.loaders
+    assert "vLLM" in plan.runtimes
     assert read_tensors(tmp_path / "out") == read_tensors(source)

@@ -136,7 +136,7 @@ def check_near_original(saved, model_type, decoded, format_name, quantize):
 
 def check_loaded(saved, made, model_type, format_name, quantize):
     out, plan, want, of_reference = made
-    assert "transformers" in plan.loaders
+    assert "transformers" in plan.runtimes
     check_near_original(saved, model_type, want, format_name, quantize)
     most = 1 if find_format(format_name).weight_bits == 4 else 0.5
     assert 0.003 < distance(of_reference, saved(model_type)[3]) < most
@@ -184,7 +184,7 @@ def test_other_formats_load(saved, converted, format_name, quantize):
 def test_split_experts_load(saved, tmp_path, model_type):
     source, _, want, of_original = saved(model_type)
     plan = moe_ckpt.convert(source, tmp_path / "out", format="bf16").plan
-    assert "transformers" in plan.loaders
+    assert "transformers" in plan.runtimes
     found, of_found = reference(tmp_path / "out")
     assert not differ(found, want)
     assert torch.equal(of_found, of_original)
@@ -194,10 +194,10 @@ SPELLED = [(d.name, name) for d in DIALECTS for name in d.spellings if name != "
 
 
 @pytest.mark.parametrize(("dialect", "format_name"), SPELLED)
-def test_loaders_say_what_transformers_reads(converted, dialect, format_name):
+def test_runtimes_say_what_transformers_reads(converted, dialect, format_name):
     """What is not said to load does not, or with other weights and a warning at most."""
     out, plan, want, _ = converted("qwen3_moe", format_name, "experts", dialect)
-    assert ("transformers" in plan.loaders) == loads(out, want)
+    assert ("transformers" in plan.runtimes) == loads(out, want)
 
 
 def loads(out, want, tolerance=0.0):
@@ -242,7 +242,7 @@ MIXES = {
 def test_mixes(saved, tmp_path, name):
     rules, expected = MIXES[name]
     out, plan, want, _ = convert_by(saved, "qwen3_moe", tmp_path, rules)
-    assert ("transformers" in plan.loaders) == expected
+    assert ("transformers" in plan.runtimes) == expected
     assert loads(out, want, BF16_SCALE) == expected
 
 
@@ -250,7 +250,7 @@ def test_a_mix_with_shared_experts(saved, tmp_path):
     """Shared experts in a group of their own, which is not taken for that of the experts."""
     rules = [("*shared_experts*", "fp8-channel"), (EXPERTS, "int4-g32"), ("*", "fp8-channel")]
     out, plan, want, of_reference = convert_by(saved, "deepseek_v3", tmp_path, rules)
-    assert "transformers" in plan.loaders
+    assert "transformers" in plan.runtimes
     assert loads(out, want, BF16_SCALE)
     model, info = load(out, dequantize=True)
     assert not info

@@ -125,8 +125,8 @@ def test_only_attention_of_the_model_itself_has_a_kv_cache_of_ours(tmp_path):
     }
 
 
-def test_scales_have_the_names_that_loaders_give_to_the_attention(tmp_path):
-    """transformers saves these layers under another prefix than loaders read."""
+def test_scales_have_the_names_that_runtimes_give_to_the_attention(tmp_path):
+    """transformers saves these layers under another prefix than runtimes read."""
     mixer = "model.layers.0.mixer"
     names = [f"{mixer}.{leaf}_proj" for leaf in "qkv"]
     assert scales_of(tmp_path, "nemotron_h", names, mixer) == {

@@ -62,9 +62,9 @@ def test_every_byte_has_one_place(tmp_path_factory, made, number_format, quantiz
         for copy in shard.copies:
             reads[copy.read.shard].append((copy.read.offset, copy.read.nbytes))
         for job in shard.jobs:
-            written += [(r.offset, r.slab_nbytes * len(job.slabs)) for r in job.regions]
-            for slab in job.slabs:
-                assert sum(read.nbytes for (read,) in slab.reads) == job.slab_nbytes
+            written += [(r.offset, r.slab_nbytes * len(job.outputs)) for r in job.regions]
+            for slab in job.place.slabs:
+                assert sum(read.nbytes for (read,) in slab.reads) == job.place.slab_nbytes
                 for (read,) in slab.reads:
                     reads[read.shard].append((read.offset, read.nbytes))
         assert covers(written, 0) == shard.data_nbytes == sum(t.nbytes for t in shard.tensors)
@@ -110,7 +110,7 @@ def test_digest_changes_with_what_decides_a_byte_and_nothing_else(tmp_path):
 def test_a_large_piece_gets_a_shard_of_its_own():
     plan = moe_ckpt.make_plan(SOURCE, max_shard_size=20_000)
     for shard in plan.shards:
-        pieces = len(shard.copies) + sum(len(job.slabs) for job in shard.jobs)
+        pieces = len(shard.copies) + sum(len(job.outputs) for job in shard.jobs)
         assert shard.data_nbytes <= 20_000 or pieces == 1
 
 

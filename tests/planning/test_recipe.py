@@ -234,3 +234,19 @@ def test_the_command_line_takes_a_recipe(tmp_path):
     assert "24 matrices nvfp4" in done.stderr
     done = run_cli("convert", SOURCE, tmp_path / "o", "--recipe", tmp_path / "nothing")
     assert (done.returncode, "No such file" in done.stderr) == (3, True)
+
+
+@pytest.mark.parametrize("dialect", ["modelopt", "compressed-tensors"])
+def test_a_recipe_that_keeps_everything_is_refused(tmp_path, dialect):
+    """Its other rules match, and come too late."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        '[[rule]]\nmatch = "model.layers.*"\nformat = "keep"\n'
+        '[[rule]]\nmatch = "*.experts.*"\nformat = "nvfp4"\n'
+        '[[rule]]\nmatch = "*.self_attn.*"\nformat = "fp8-tensor"\n'
+    )
+    model = FIXTURES / "qwen3_moe"
+    with pytest.raises(moe_ckpt.RecipeError, match="keeps all that can be quantized"):
+        moe_ckpt.make_plan(
+            model / "source", recipe=recipe, dialect=dialect, stats=[model / "stats.json"]
+        )

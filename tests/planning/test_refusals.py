@@ -278,7 +278,7 @@ def test_an_unknown_model_type_needs_the_users_word(tmp_path, layout):
     assert (experts.layout, experts.output) == (layout, MLP)
     assert experts.order == options.get("gate_up_order", "concat")
     assert (experts.num_experts, experts.intermediate, experts.hidden) == (E, I, H)
-    assert made.loaders == ()
+    assert made.runtimes == ()
     assert any("no runtime is known" in warning for warning in made.warnings)
 
 

@@ -49,8 +49,8 @@ def input_amaxes(plan):
         module: job.input_amax
         for shard in plan.shards
         for job in shard.jobs
-        for slab in job.slabs
-        for module in slab.modules
+        for output in job.outputs
+        for module in output.modules
     }
 
 
@@ -294,7 +294,7 @@ def test_names_of_transformers_count_for_the_original_release(tmp_path):
 
 
 def test_names_of_transformers_count_where_it_changes_the_prefix(tmp_path):
-    """Nemotron-H: `model.` in transformers, `backbone.` in the release and in loaders."""
+    """Nemotron-H: `model.` in transformers, `backbone.` in the release and in runtimes."""
     prefix = "backbone.layers.0.mixer.experts"
     tensors = {
         f"{prefix}.{e}.{name}.weight": ("BF16", shape)

@@ -213,7 +213,7 @@ def test_consolidated_weights_are_another_form_of_the_same(tmp_path):
 
 def test_a_single_file_beside_an_index(source):
     (source / "model.safetensors").write_bytes(file_of({}))
-    assert "loaders disagree" in refusal(source)
+    assert "runtimes disagree" in refusal(source)
 
 
 def test_only_pickles(tmp_path):

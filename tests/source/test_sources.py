@@ -475,7 +475,7 @@ def test_fused_mxfp4_becomes_the_model_before_it_was_quantized(tmp_path, i, h, s
     tensors, _ = gpt_oss(tmp_path, i, h)
     plan = moe_ckpt.make_plan(tmp_path / "in", format="bf16")
     assert plan.experts_as == "fused"
-    assert "transformers" in plan.loaders
+    assert "transformers" in plan.runtimes
     budget = Budget(stage_nbytes, 1 << 12, 2)
     execute(plan, tmp_path / "out", backend=backend_for("cpu"), budget=budget)
     found = load(tmp_path / "out")

@@ -57,8 +57,8 @@ KINDS = {(form.layout, form.order, bool(form.biases)): (family, form) for family
 @pytest.mark.parametrize("as_", ["split", "fused"])
 def test_no_byte_depends_on_the_budget(tmp_path, kind, budget, as_):
     family, form = KINDS[kind]
-    if as_ == "fused" and not family.fused_loaders:
-        family, form = next((f, o) for f, o in FORMS if f.fused_loaders)
+    if as_ == "fused" and not family.fused_runtimes:
+        family, form = next((f, o) for f, o in FORMS if f.fused_runtimes)
     make(tmp_path / "in", family, form, 48, 32)
     plan = moe_ckpt.make_plan(tmp_path / "in", experts=as_)
     execute(plan, tmp_path / "a", backend=backend_for("cpu"))

@@ -13,7 +13,6 @@ import moe_ckpt
 from moe_ckpt.dialects.matching import Built
 from moe_ckpt.dialects.read import read_config
 from moe_ckpt.formats import find_format
-from moe_ckpt.source.declared import Announced
 from moe_ckpt.verify import verify
 
 NVFP4 = FIXTURES / "qwen3_moe" / "modelopt-nvfp4"
@@ -468,8 +467,7 @@ def test_runtimes_that_load_it_are_named(folder, runtime, why_not):
 
 def test_a_release_of_deepseek_lists_neither_head_nor_router():
     """transformers lists what stays by itself where no list is given, and routers are its own."""
-    said = Announced("config.json", FP8)
-    readers = read_config(said).readers
+    readers = read_config("fp8", FP8).readers
     assert {read(Built("lm_head", ("lm_head",), None)) for read in readers.values()} == {
         "fp8-block"
     }
@@ -515,5 +513,21 @@ def test_a_release_of_deepseek_is_clean(tmp_path):
     ],
 )
 def test_wrong_types_in_a_configuration_are_found(said, name):
-    problems = read_config(Announced("config.json", said)).problems
+    problems = read_config(said["quant_method"], said).problems
     assert any(name in problem for problem in problems), problems
+
+
+def test_experts_that_lack_nothing_beside_linear_layers_that_do(tmp_path):
+    """Weights of NVFP4 whose activations stay in 16 bits: experts get scales, the others keep."""
+    with pytest.raises(
+        moe_ckpt.VerifyError, match=r"self_attn\.k_proj\.input_global_scale"
+    ) as error:
+        moe_ckpt.convert(
+            W4A16,
+            tmp_path / "out",
+            format="nvfp4",
+            dialect="compressed-tensors",
+            allow_requantize=True,
+            device="cpu",
+        )
+    assert ".experts." not in str(error.value)

@@ -20,7 +20,7 @@ from moe_ckpt.dialects import DIALECTS, dialect_for
 from moe_ckpt.engines import backend_for, with_torch
 from moe_ckpt.errors import InputError, UsageError
 from moe_ckpt.formats import find_format
-from moe_ckpt.planning.options import Limits
+from moe_ckpt.limits import Limits
 from moe_ckpt.verify.findings import Findings
 from moe_ckpt.verify.source.comparison import against_source
 from moe_ckpt.verify.subject import open_subject
@@ -119,7 +119,7 @@ def test_our_conversions_are_clean(tmp_path, model, row, quantize, form):
         assert all(difference.is_exact for difference in findings.differences)
         if row.name != "bf16":
             copies = sum(len(shard.copies) for shard in plan.shards)
-            matrices = sum(len(job.slabs) * len(job.rows) for job in plan.jobs)
+            matrices = sum(len(job.outputs) * len(job.place.rows) for job in plan.jobs)
             assert findings.counts["copied tensors compared"] == copies > 5
             assert findings.counts["matrices compared"] == len(findings.differences) == matrices
     assert written
@@ -160,8 +160,8 @@ def test_every_stored_form_is_paired(tmp_path, family, form, square):
 @pytest.mark.parametrize("budget", CUT, ids=lambda budget: str(budget.stage_nbytes))
 @pytest.mark.parametrize("as_", ["split", "fused"])
 def test_nothing_depends_on_the_budget(tmp_path, family, form, budget, as_):
-    if as_ == "fused" and not family.fused_loaders:
-        family, form = next((f, o) for f, o in FORMS if f.fused_loaders)
+    if as_ == "fused" and not family.fused_runtimes:
+        family, form = next((f, o) for f, o in FORMS if f.fused_runtimes)
     make(tmp_path / "in", family, form, 48, 32)
     out = convert(tmp_path / "in", tmp_path / "out", experts=as_)
     at_once = compare(out, tmp_path / "in")

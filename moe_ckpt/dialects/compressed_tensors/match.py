@@ -28,16 +28,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
-from ..matching import (
-    SGLANG,
-    TRANSFORMERS,
-    TRTLLM,
-    VLLM,
-    Built,
-    Reader,
-    UndecidedError,
-    all_or_none,
-)
+from ...runtimes import SGLANG, TRANSFORMERS, TRTLLM, VLLM
+from ..matching import Built, Reader, UndecidedError, all_or_none
 from ..modelopt.match import trtllm
 
 __all__ = ["LINEAR", "compressed_readers", "fits"]
@@ -162,7 +154,7 @@ def _trtllm(ignore: Sequence[str], targets: Mapping[str, str]) -> Reader:
     """Its rule for one group: as for ModelOpt's list, and expressions for whole names."""
     by_name = trtllm([entry for entry in ignore if not entry.startswith("re:")])
     whole = [_compiled(entry[3:]) for entry in ignore if entry.startswith("re:")]
-    only = next(iter(targets.values()))
+    only = next(iter(targets.values()), None)
     excluded: Callable[[Built], bool] = lambda module: (  # noqa: E731
         by_name(module.name, module.linears)
         or any(expression.fullmatch(name) for expression in whole for name in module.linears)

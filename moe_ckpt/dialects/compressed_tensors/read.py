@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...errors import show
 from ..reading import Reading, groups_of, require_scale, texts_of
 from .match import compressed_readers
+from .table import PACKED, SCHEMES, Scheme, scheme_of
 
-__all__ = ["read_compressed"]
-
-# Kind, bits, strategy, group size -> format of compressed-tensors, and how that is stored.
-_NUMBERS: Mapping[tuple[object, ...], tuple[str, str]] = {
-    ("float", 4, "tensor_group", 16): ("nvfp4", "nvfp4-pack-quantized"),
-    ("float", 4, "group", 32): ("mxfp4", "mxfp4-pack-quantized"),
-    ("float", 8, "group", 32): ("mxfp8", "mxfp8-quantized"),
-    ("float", 8, "tensor", None): ("fp8-tensor", "float-quantized"),
-    ("float", 8, "channel", None): ("fp8-channel", "float-quantized"),
-    ("float", 8, "block", None): ("fp8-block", "float-quantized"),
-    ("int", 8, "channel", None): ("int8-channel", "int-quantized"),
-    **{("int", 4, "group", size): (f"int4-g{size}", "pack-quantized") for size in (128, 64, 32)},
-}
+__all__ = ["describes", "read_compressed", "unread_schemes"]
 
 
 def read_compressed(said: Mapping[str, Any], reading: Reading) -> None:
@@ -30,16 +19,13 @@ def read_compressed(said: Mapping[str, Any], reading: Reading) -> None:
     targets: dict[str, str] = {}
     for name, group in groups_of(said, reading).items():
         where = f"config_groups.{show(name)}"
-        weights = group.get("weights")
-        found = _number_of(weights if isinstance(weights, dict) else {})
-        if found is None:
+        weights, inputs = group.get("weights"), group.get("input_activations")
+        scheme = _scheme_for(weights if isinstance(weights, dict) else {}, inputs)
+        if scheme is None:
             reading.problems.append(f"{where}.weights: no known number: {show(weights)}")
             continue
-        label, stored = found
-        inputs = group.get("input_activations")
-        if label == "nvfp4" and inputs is None:
-            label = "nvfp4-w4a16"
-        _check_activations(f"{where}.input_activations", inputs, label, reading)
+        label, stored = scheme.spelling.format, scheme.stored
+        _check_activations(f"{where}.input_activations", inputs, scheme, reading)
         if isinstance(inputs, dict) and inputs.get("dynamic") in (False, None, "local"):
             require_scale(label, reading)
         packed = group.get("format") or said.get("format")
@@ -53,48 +39,80 @@ def read_compressed(said: Mapping[str, Any], reading: Reading) -> None:
     reading.readers = compressed_readers(entries, targets)
 
 
-# format -> bits, strategies and "dynamic" of activations that runtimes know
-_ACTIVATIONS: Mapping[str, tuple[int, tuple[str, ...], tuple[object, ...]]] = {
-    "nvfp4": (4, ("tensor_group",), ("local", False)),
-    "mxfp4": (4, ("group",), (True,)),
-    "mxfp8": (8, ("group",), (True,)),
-    "fp8-tensor": (8, ("tensor", "token"), (True, False)),
-    "fp8-channel": (8, ("token",), (True,)),
-    "fp8-block": (8, ("group", "token"), (True,)),
-    "int8-channel": (8, ("token",), (True,)),
-}
+def _scheme_for(weights: Mapping[str, Any], inputs: Any) -> Scheme | None:
+    """The scheme that these are the numbers of; of several, the one whose activations fit."""
+    found = [scheme for scheme in SCHEMES if _key(scheme.weights) == _key(weights)]
+    structure = weights.get("block_structure")
+    if found and structure not in (found[0].weights.get("block_structure", structure), None):
+        return None
+    as_said = (scheme for scheme in found if (scheme.inputs is None) == (inputs is None))
+    return next(as_said, found[0] if found else None)
 
 
-def _check_activations(where: str, inputs: Any, label: str, reading: Reading) -> None:
+def _key(weights: Mapping[str, Any]) -> tuple[object, ...]:
+    """Kind, bits, strategy and group size, with the library's defaults."""
+    strategy, size = weights.get("strategy"), weights.get("group_size")
+    if strategy is None:
+        strategy = "group" if size else "tensor"
+    if strategy in ("tensor", "channel", "block"):
+        size = None
+    return weights.get("type", "int"), weights.get("num_bits", 8), strategy, size
+
+
+def _check_activations(where: str, inputs: Any, scheme: Scheme, reading: Reading) -> None:
     """Activations of compressed-tensors must be of a kind that goes with the weights."""
     if inputs is None:
         return
     if not isinstance(inputs, dict):
         reading.problems.append(f"{where} must be an object, found {show(inputs)}")
         return
-    if label not in _ACTIVATIONS:
+    if scheme.inputs is None:
         return
-    bits, strategies, dynamic = _ACTIVATIONS[label]
-    for key, found, known in (
-        ("num_bits", inputs.get("num_bits", 8), (bits,)),
-        ("strategy", inputs.get("strategy", strategies[0]), strategies),
-        ("dynamic", inputs.get("dynamic", False), dynamic),
-    ):
+    defaults = {"num_bits": 8, "strategy": scheme.inputs["strategy"], "dynamic": False}
+    for key, default in defaults.items():
+        found, known = inputs.get(key, default), (scheme.inputs[key], *scheme.also.get(key, ()))
         if found not in known:
             expected = " or ".join(map(str, known))
-            reading.problems.append(f"{where}.{key} is {show(found)}; {label} has {expected}")
+            reading.problems.append(
+                f"{where}.{key} is {show(found)}; {scheme.spelling.format} has {expected}"
+            )
 
 
-def _number_of(weights: Mapping[str, Any]) -> tuple[str, str] | None:
-    kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
-    strategy, size = weights.get("strategy"), weights.get("group_size")
-    if strategy is None:
-        strategy = "group" if size else "tensor"
-    if strategy in ("tensor", "channel", "block"):
-        size = None
-    if strategy == "block" and weights.get("block_structure") not in ([128, 128], None):
-        return None
-    try:
-        return _NUMBERS.get((kind, bits, strategy, size))
-    except TypeError:  # a list or an object where a number should be
-        return None
+def unread_schemes(said: Mapping[str, Any]) -> list[str]:
+    """What is said of weights of kinds that no source is read of."""
+    known = {_kind_and_bits(scheme.weights) for scheme in SCHEMES}
+    return [
+        f"{show(where)}: weights of type {show(number[0])} and {show(number[1])} bits in this form "
+        "cannot be read; known are symmetric float and int of 4 bits, and of 8 bits that are not "
+        "packed"
+        for where, number, is_plain in _groups_in(said)
+        if not is_plain or number not in known
+    ]
+
+
+def describes(said: Mapping[str, Any], format_name: str) -> bool:
+    """Whether a group has weights of the kind and bits of a format; or no group says any."""
+    numbers = {number for _, number, _ in _groups_in(said)}
+    return not numbers or _kind_and_bits(scheme_of(format_name).weights) in numbers
+
+
+def _groups_in(said: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, str], bool]]:
+    """What is said of the weights of each group: where, their kind and bits.
+
+    And whether they are symmetric, and packed only if they are of 4 bits.
+    """
+    groups = said.get("config_groups")
+    for name, group in groups.items() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(weights, dict):
+            continue
+        number = _kind_and_bits(weights)
+        stored = group.get("format") or said.get("format")
+        is_packed = stored == PACKED and number[0] == "int" and number[1] != "4"
+        is_plain = weights.get("symmetric", True) is True and not is_packed
+        yield f"config_groups.{name}", number, is_plain
+
+
+def _kind_and_bits(weights: Mapping[str, Any]) -> tuple[str, str]:
+    """Kind and bits, as text for they may be anything."""
+    return str(weights.get("type", "int")), str(weights.get("num_bits", 8))

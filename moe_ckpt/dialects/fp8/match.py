@@ -17,19 +17,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from ..matching import (
-    SGLANG,
-    TRANSFORMERS,
-    TRTLLM,
-    VLLM,
-    Built,
-    Reader,
-    UndecidedError,
-    all_or_none,
-)
+from ...runtimes import SGLANG, TRANSFORMERS, TRTLLM, VLLM
+from ..matching import Built, Reader, UndecidedError, all_or_none
 from ..modelopt.match import trtllm
 
-__all__ = ["fp8_readers", "sglang", "transformers", "vllm"]
+__all__ = ["fp8_readers"]
 
 Rule = Callable[[Built], bool]
 
@@ -38,9 +30,9 @@ def fp8_readers(entries: Sequence[str], format_name: str) -> dict[str, Reader]:
     """How each runtime reads a list, where everything else has one format."""
     by_trtllm = trtllm(entries)
     rules: dict[str, Rule] = {
-        VLLM: vllm(entries),
-        SGLANG: sglang(entries),
-        TRANSFORMERS: transformers(entries),
+        VLLM: _vllm(entries),
+        SGLANG: _sglang(entries),
+        TRANSFORMERS: _transformers(entries),
         TRTLLM: lambda module: by_trtllm(module.name, module.linears),
     }
     return {runtime: _reader(rule, format_name) for runtime, rule in rules.items()}
@@ -51,7 +43,7 @@ def _reader(excluded: Rule, format_name: str) -> Reader:
     return lambda module: None if excluded(module) else format_name
 
 
-def vllm(entries: Iterable[str]) -> Rule:
+def _vllm(entries: Iterable[str]) -> Rule:
     """vLLM's rule for a list."""
     listed = frozenset(entries)
     of_experts = [entry for entry in listed if "experts" in entry]
@@ -66,7 +58,7 @@ def vllm(entries: Iterable[str]) -> Rule:
     return excluded
 
 
-def sglang(entries: Iterable[str]) -> Rule:
+def _sglang(entries: Iterable[str]) -> Rule:
     """SGLang's rule for a list."""
     bare = [entry.removeprefix("model.") for entry in entries]
     listed = frozenset([*bare, *(f"model.{entry}" for entry in bare)])
@@ -89,7 +81,7 @@ def sglang(entries: Iterable[str]) -> Rule:
     return excluded
 
 
-def transformers(entries: Sequence[str]) -> Rule:
+def _transformers(entries: Sequence[str]) -> Rule:
     """transformers' rule for a list; it builds no fused modules."""
     ends = tuple(entries)
     alternatives = "|".join(f"(?:{entry})" for entry in entries)

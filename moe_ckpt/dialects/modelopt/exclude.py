@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from ...errors import LayoutError, show
 from ..matching import UndecidedError, built_modules
-from .match import RUNTIMES
+from .match import RULES
 
 __all__ = ["exclude_list"]
 
@@ -76,7 +76,7 @@ def _patterns_of(part: str) -> tuple[str, ...]:
 
 
 def _hits(pattern: str, modules: Mapping[str, tuple[str, ...]]) -> bool:
-    rules = [rule_of([pattern]) for rule_of in RUNTIMES.values()]
+    rules = [rule_of([pattern]) for rule_of in RULES.values()]
     return any(rule(module, members) for module, members in modules.items() for rule in rules)
 
 
@@ -85,7 +85,7 @@ def _check(
     quantized: Mapping[str, tuple[str, ...]],
     kept: Mapping[str, tuple[str, ...]],
 ) -> None:
-    for runtime, rule_of in RUNTIMES.items():
+    for runtime, rule_of in RULES.items():
         excluded = rule_of(entries)
         for modules, expected in ((quantized, False), (kept, True)):
             for module, members in modules.items():

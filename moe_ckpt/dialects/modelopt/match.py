@@ -32,9 +32,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from ..matching import SGLANG, TRTLLM, VLLM, Built, Reader, Rule, UndecidedError, all_or_none
+from ...runtimes import SGLANG, TRTLLM, VLLM
+from ..matching import Built, Reader, Rule, UndecidedError, all_or_none
 
-__all__ = ["RUNTIMES", "mixed_readers", "sglang", "trtllm", "vllm"]
+__all__ = ["RULES", "mixed_readers", "sglang", "trtllm", "vllm"]
 
 _MLA_PROJECTIONS = frozenset({"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"})
 
@@ -90,7 +91,7 @@ def trtllm(entries: Iterable[str]) -> Rule:
     return excluded
 
 
-RUNTIMES: dict[str, Callable[[Iterable[str]], Rule]] = {
+RULES: dict[str, Callable[[Iterable[str]], Rule]] = {
     VLLM: vllm,
     SGLANG: sglang,
     TRTLLM: trtllm,
@@ -113,7 +114,7 @@ def mixed_readers(entries: Iterable[str], layers: Mapping[str, str]) -> dict[str
     """How each runtime reads a mix: the exclude list, and module -> format."""
     listed = list(entries)
     lookups = {VLLM: _vllm_lookup, SGLANG: _sglang_lookup, TRTLLM: _trtllm_lookup}
-    return {name: _reader(RUNTIMES[name](listed), lookups[name], layers) for name in lookups}
+    return {name: _reader(RULES[name](listed), lookups[name], layers) for name in lookups}
 
 
 def _reader(

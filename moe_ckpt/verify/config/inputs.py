@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from ...dialects.matching import Built, UndecidedError
 from ...dialects.reading import Reading
 from ...errors import show
+from ...source.encodings import input_name_of
 from ..findings import Findings
 from ..inventory import Inventory, Module
 
@@ -30,8 +31,10 @@ def check_inputs(
         return
     for name, experts in inventory.experts.items():
         members = {module.name: module for module in experts.matrices if module.name in bare}
+        if not members or _is_told_already(members, findings):
+            continue
         found = _read(reading, Built(name, tuple(members), None, is_experts=True))
-        if members and found in reading.static and not _is_told_already(members, findings):
+        if found in reading.static:
             _add_bare(next(iter(members.values())), len(members), findings)
     for name in bare:
         if name in inventory.linears and _read(reading, Built(name, (name,), None)):
@@ -51,11 +54,10 @@ def _is_told_already(members: Mapping[str, Module], findings: Findings) -> bool:
 
 
 def _add_bare(module: Module, count: int, findings: Findings) -> None:
-    inputs = "input_global_scale" if module.inverse else "input_scale"
     more = f", and {count - 1} more of the layer lack it too" if count > 1 else ""
     findings.add(
         "structure",
-        show(f"{module.name}.{inputs}"),
+        show(f"{module.name}.{input_name_of(module.what)}"),
         f"is missing; the configuration says that activations have a static scale{more}",
         "vLLM takes what memory held for NVFP4 and 1.0 for FP8, SGLang takes 1.0: nothing is said",
     )

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 
-from ...dialects.matching import (
-    SGLANG,
-    TRANSFORMERS,
-    TRTLLM,
-    UNQUANTIZED,
-    VLLM,
-    Built,
-    UndecidedError,
-    built_modules,
-)
+from ...dialects.matching import Built, UndecidedError, built_modules
+from ...dialects.methods import METHODS
 from ...dialects.read import Reading, read_config
 from ...errors import show, show_some
+from ...formats import FORMATS, UNQUANTIZED
 from ...layouts.roles import reason_to_keep
 from ...layouts.sizes import model_type_of
+from ...runtimes import SGLANG, TRANSFORMERS, TRTLLM, VLLM
 from ...source.declared import HF_QUANT_CONFIG
 from ..findings import Findings, Runtime
 from ..inventory import Inventory, Module
 from ..subject import Subject
-from ..values.scales import GATE_UP
+from ..values.scale_values import GATE_UP
+from .agreement import check_kv_cache, check_single_experts, check_two_files
 from .inputs import check_inputs
 from .verdicts import runtimes_of
-from .words import check_kv_cache, check_single_experts, check_two_files
 
 __all__ = ["built_from", "check_config"]
 
@@ -78,7 +72,7 @@ def _after_scales(runtime: Runtime, subject: Subject, findings: Findings) -> Run
 
 
 def _check(
-    subject: Subject, inventory: Inventory, loaders: Set[str], findings: Findings
+    subject: Subject, inventory: Inventory, loading: Set[str], findings: Findings
 ) -> set[str]:
     """Check the configuration; returns the runtimes that take it otherwise than it is meant."""
     modules = list(built_from(inventory, findings))
@@ -91,8 +85,8 @@ def _check(
                 f"says nothing of quantization, and {show(quantized.name)} is {quantized.format}",
                 "runtimes take the codes for weights, or stop where the shapes do not fit",
             )
-        return {runtime for runtime in loaders if quantized}
-    readings = {said.where: read_config(said) for said in subject.said}
+        return {runtime for runtime in loading if quantized}
+    readings = {said.where: read_config(said.method, said.said) for said in subject.said}
     for where, reading in readings.items():
         for problem in reading.problems:
             findings.add("config", show(where), problem, _WORDS)
@@ -103,15 +97,15 @@ def _check(
             "says that weights are quantized, and none is",
             "runtimes build quantized modules and find no codes and scales for them",
         )
-        return {*loaders}
+        return {*loading}
     check_two_files(subject, readings, findings)
     check_single_experts(inventory, readings, findings)
     by_runtime = _by_runtime(readings)
-    known = {runtime: by_runtime[runtime] for runtime in by_runtime if runtime in loaders}
+    known = {runtime: by_runtime[runtime] for runtime in by_runtime if runtime in loading}
     misled = _check_modules(subject, modules, known or by_runtime, findings)
     check_inputs(inventory, by_runtime, findings)
     check_kv_cache(subject, findings)
-    return misled | {runtime for runtime in loaders if runtime not in by_runtime}
+    return misled | {runtime for runtime in loading if runtime not in by_runtime}
 
 
 def _is_whole(subject: Subject) -> bool:
@@ -238,14 +232,15 @@ def _and(names: Sequence[str]) -> str:
 
 def _is_told(module: Built, found: str) -> bool:
     """Whether activation scales are all that is missing, which `_check_inputs` tells of."""
-    return (module.format, found) == ("nvfp4-w4a16", "nvfp4")
+    return any(row.name == module.format and row.same_weights_as == found for row in FORMATS)
 
 
 def _is_plain_anyway(
     runtime: str, method: str, name: str, model_type: str, reading: Reading
 ) -> bool:
     """Whether a runtime builds a module in 16 bits, whatever the configuration says."""
-    if method not in ("fp8", "fbgemm_fp8", "mxfp8"):
+    known = METHODS.get(method)
+    if known is None or not known.has_plain_head:
         return False
     if name.rpartition(".")[2] == _HEAD:
         # transformers leaves it out itself if there is no list.

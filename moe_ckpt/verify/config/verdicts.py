@@ -5,49 +5,18 @@ Whether this one is sound is not asked here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from ... import dialects
-from ...dialects import DIALECTS
-from ...dialects.matching import SGLANG, TRANSFORMERS, TRTLLM, UNQUANTIZED, VLLM
+from ...dialects.methods import METHODS
 from ...errors import show
+from ...formats import UNQUANTIZED
 from ...layouts.sizes import model_type_of
 from ...layouts.table import UNSUPPORTED, find_family
-from ...planning.expert_form import split_loaders
+from ...runtimes import RUNTIMES, TRANSFORMERS
 from ..findings import Runtime
 from ..inventory import Inventory
 from ..subject import Subject
 
 __all__ = ["runtimes_of"]
-
-_ALL = (VLLM, SGLANG, TRTLLM, TRANSFORMERS)
-
-# What quant_methods other than our dialects' spell, and who reads experts so.
-_OTHERS: Mapping[tuple[str, str], tuple[str, ...]] = {
-    ("modelopt", "fp8-block"): (TRTLLM,),
-    ("fp8", "fp8-tensor"): (VLLM, SGLANG),
-    ("fp8", "mxfp8"): (SGLANG, TRANSFORMERS),
-    ("mxfp8", "mxfp8"): (SGLANG, TRANSFORMERS),
-    ("mxfp4", "mxfp4"): _ALL,
-}
-
-_MODELOPT_IN_TRANSFORMERS = (
-    "it knows no quant_method modelopt: it warns, and takes the codes for weights"
-)
-_NO_MOE = "it reads no experts with a scale for {} of ModelOpt's"
-# (quant_method, format, runtime) -> why not; the rest are said in general.
-_WHY_NOT: Mapping[tuple[str, str, str], str] = {
-    **{("modelopt", "fp8-channel", runtime): _NO_MOE.format("each row") for runtime in _ALL[:2]},
-    **{("modelopt", "fp8-block", runtime): _NO_MOE.format("each block") for runtime in _ALL[:2]},
-    **{("modelopt", "mxfp4", runtime): "it knows no algorithm MXFP4" for runtime in _ALL[:3]},
-    ("modelopt", "mxfp8", SGLANG): "it wants the scales as weight_scale_inv",
-    ("mxfp8", "mxfp8", VLLM): "it wants the scales as weight_scale",
-    ("fp8", "mxfp8", VLLM): "it wants the scales as weight_scale",
-    ("modelopt", "nvfp4-w4a16", SGLANG): "it takes activations of experts to be of 4 bits",
-    ("compressed-tensors", "fp8-block", TRANSFORMERS): "it spreads the scales of experts wrongly",
-    ("compressed-tensors", "nvfp4", TRANSFORMERS): "it drops the global scales of experts",
-    ("compressed-tensors", "nvfp4-w4a16", TRANSFORMERS): "it drops the global scales of experts",
-}
 
 
 def runtimes_of(subject: Subject, inventory: Inventory) -> list[Runtime]:
@@ -59,7 +28,7 @@ def runtimes_of(subject: Subject, inventory: Inventory) -> list[Runtime]:
     linears = {module.format: None for module in inventory.linears.values() if module.is_quantized}
     formats = tuple(dict.fromkeys((*experts, *linears)))
     found = []
-    for runtime in _ALL:
+    for runtime in RUNTIMES:
         why_not = _of_family(runtime, subject, inventory, tuple(experts))
         if method and formats and any(name != UNQUANTIZED for name in formats):
             why_not = _of_formats(runtime, method, tuple(experts), tuple(linears)) or why_not
@@ -71,25 +40,20 @@ def _of_formats(
     runtime: str, method: str, experts: tuple[str, ...], linears: tuple[str, ...]
 ) -> str:
     """Why a runtime does not read these formats in this spelling, '' if it does."""
-    if runtime == TRANSFORMERS and method == "modelopt":
-        return _MODELOPT_IN_TRANSFORMERS
+    known = METHODS.get(method)
+    if known and runtime in known.why_not:
+        return known.why_not[runtime]
     for name in dict.fromkeys((*experts, *linears)):
-        if name != UNQUANTIZED and runtime not in _readers(method, name):
-            known = _WHY_NOT.get((method, name, runtime))
-            return known or f"it reads no experts in {name} of quant_method {method}"
-    dialect = next((dialect for dialect in DIALECTS if dialect.name == method), None)
+        spelling = known.spelling_of(name) if known else None
+        if name != UNQUANTIZED and not (spelling and runtime in spelling.runtimes):
+            reason = spelling.why_not.get(runtime) if spelling else None
+            return reason or f"it reads no experts in {name} of quant_method {method}"
+    dialect = dialects.dialect_that_writes(method)
     if dialect is None or not experts or not all(f in dialect.spellings for f in experts + linears):
         return ""
-    if runtime in dialects.loaders_of(dialect, experts, linears):
+    if runtime in dialects.runtimes_of_spelling(dialect, experts, linears):
         return ""
     return "it takes all experts to be of one format, and these are not"
-
-
-def _readers(method: str, name: str) -> tuple[str, ...]:
-    dialect = next((dialect for dialect in DIALECTS if dialect.name == method), None)
-    if dialect and name in dialect.spellings:
-        return dialect.spellings[name].loaders
-    return _OTHERS.get((method, name), ())
 
 
 def _of_family(
@@ -107,13 +71,13 @@ def _of_family(
         )
     stacked = {m.format for found in inventory.experts.values() for m in found.stacked.values()}
     if not stacked:
-        if runtime in split_loaders(family, model_type):
+        if runtime in family.split_runtimes(model_type):
             return ""
         if runtime == TRANSFORMERS and family.in_transformers:
             return f"it reads the experts of {model_type} only fused"
         return family.instead or f"it has no {model_type}"
     quantized = stacked - {UNQUANTIZED, "mxfp4"}
-    if all(runtime in family.fused_loaders.get(name, ()) for name in quantized):
+    if all(runtime in family.fused_runtimes.get(name, ()) for name in quantized):
         return ""
     more = f"; {family.instead}" if family.instead else ""
     return f"it is not known to read {', '.join(experts)} of fused experts of {model_type}{more}"

@@ -14,7 +14,7 @@ from ...source.strict_json import parse_object
 from ..findings import Findings
 from ..subject import Subject
 
-__all__ = ["check_config", "check_side_files"]
+__all__ = ["check_config_json", "check_side_files"]
 
 _PIECE_NBYTES = 1 << 20
 _JSON_CAP_NBYTES = 100_000_000
@@ -26,7 +26,7 @@ _READ_BY_RUNTIMES = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
 _NOT_THERE = object()
 
 
-def check_config(subject: Subject, source: Source, findings: Findings) -> None:
+def check_config_json(subject: Subject, source: Source, findings: Findings) -> None:
     """All keys but those of quantization must be as they were.
 
     What tools other than ours write anew, and keys they add, are theirs to say.
@@ -59,7 +59,7 @@ def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, A
 def check_side_files(subject: Subject, source: Source, findings: Findings) -> None:
     """Tokenizer, chat template and the like must be there, with the same content.
 
-    Of tools other than ours JSON may be written anew, if it says the same.
+    Other tools may have written JSON anew, if it says the same.
     """
     for file in source.side_files:
         if not subject.is_ours and file.path.suffix not in _READ_BY_RUNTIMES:

@@ -19,16 +19,16 @@ from ...work.batches import Batch, Budget
 from ...work.reader import SourceReader
 from ...work.worker import Worker
 from .distance import Distance, distance
+from .lookup import Lookup
 from .matrices import Matrix, MatrixReader
 from .pairs import CopyPair, MatrixPair
-from .places import Places
 from .sink import Comparison, Segment, Unequal
 
 __all__ = ["Compared", "Comparer", "Measured"]
 
 
 class Measured(NamedTuple):
-    """A matrix, its place in `Places`, what to call it, and how far it is from its source."""
+    """A matrix, its place in `Lookup`, what to call it, and how far it is from its source."""
 
     name: str
     module: str
@@ -60,14 +60,14 @@ class Comparer:
         there: SourceReader,
         engine: Engine,
         budget: Budget,
-        places: Places,
+        lookup: Lookup,
         *,
         is_ours: bool,
     ) -> None:
         self._is_ours = is_ours
         self._there = there
         self._chunk_items = budget.chunk_items
-        self._places = places
+        self._lookup = lookup
         self._sides = MatrixReader(here, engine, budget), MatrixReader(there, engine, budget)
 
     def copied(self, worker: Worker, pair: CopyPair) -> Compared:
@@ -87,21 +87,21 @@ class Comparer:
                     at = name
                     found.measured += self._measure(pair, part, name)
             at = names[0]
-            if pair.is_made:
-                found.shared = self._shared(pair) if pair.job.is_stacked else None
-                found.unequal = self._made_again(worker, pair, found.shared)
+            if pair.job:
+                found.shared = self._shared(pair, pair.job) if pair.job.is_stacked else None
+                found.unequal = self._made_again(worker, pair, pair.job, found.shared)
         except CheckpointError as error:
             found.failure = at, str(error)
         return found
 
     def _measure(self, pair: MatrixPair, part: int, name: str) -> Iterator[Measured]:
         """How far a matrix is from the source, unless its bytes say all there is to know."""
-        wanted, matrix = Matrix(pair.job, pair.slab, part), self._places.matrix(name)
+        wanted, matrix = Matrix(pair.place, pair.slab, part), self._lookup.matrix(name)
         source, there = self._sides
         module = name.removesuffix(".weight")
-        theirs = matrix.job.encoded
-        is_copied = pair.job.encoded.is_plain and theirs.is_plain
-        by_bytes = pair.is_made and (self._is_ours or is_copied)
+        theirs = matrix.place.encoded
+        is_copied = pair.place.encoded.is_plain and theirs.is_plain
+        by_bytes = pair.job is not None and (self._is_ours or is_copied)
         if by_bytes and theirs.is_plain:
             return
         found = distance(
@@ -115,48 +115,47 @@ class Comparer:
         yield Measured(name, module, theirs.format, found)
 
     def _made_again(
-        self, worker: Worker, pair: MatrixPair, shared: float | None
+        self, worker: Worker, pair: MatrixPair, job: Job, shared: float | None
     ) -> Mapping[str, Unequal]:
-        sink = Comparison(self._there, self._segments(pair))
-        worker.convert(Batch(pair.job, pair.slab, pair.slab + 1), sink, shared)
+        sink = Comparison(self._there, self._segments(pair, job))
+        worker.convert(job, Batch(job.place, pair.slab, pair.slab + 1), sink, shared)
         return sink.unequal
 
-    def _segments(self, pair: MatrixPair) -> list[Segment]:
+    def _segments(self, pair: MatrixPair, job: Job) -> list[Segment]:
         """Where the job of a pair would write the slab, and where that is there.
 
         Not its input scales: they come from statistics.
         """
-        job = pair.job
         parts = {part.role: part for part in job.parts}
         segments = []
         for region in job.regions:
             start = region.offset
             if region.row_nbytes or not job.is_stacked:
                 start += pair.slab * region.slab_nbytes
-            for name, rows in zip(pair.names, job.rows, strict=True):
+            for name, rows in zip(pair.names, job.place.rows, strict=True):
                 assert name is not None
-                for part, info, read in self._places.parts(name):
+                for part, info, read in self._lookup.parts(name):
                     if part.role == region.role != "input_scale":
                         segments.append(Segment(start, info, read))
                 start += _nbytes(parts[region.role], rows, job)
         return segments
 
-    def _shared(self, pair: MatrixPair) -> float | None:
+    def _shared(self, pair: MatrixPair, job: Job) -> float | None:
         """What all experts of a stack share, from the scale that is there.
 
         To find it anew all of them would have to be read. It is enough to know it up to what is
         divided to the same scale.
         """
-        target = find_format(pair.job.format)
+        target = find_format(job.format)
         (name,) = pair.names
         assert name is not None
-        read = next((r for p, _, r in self._places.parts(name) if p.role == "global_scale"), None)
+        read = next((r for p, _, r in self._lookup.parts(name) if p.role == "global_scale"), None)
         if read is None or not target.largest:
             return None
         stored = np.empty(1, np.float32)
         self._there.read(read, 0, stored.view(np.uint8).data)
-        if pair.job.is_recoded:
-            if pair.job.encoded.format != "mxfp4":
+        if job.is_recoded:
+            if pair.place.encoded.format not in target.exact_from:
                 return None
             exponents = np.arange(-200, 129, dtype=np.int32)
             (known,) = np.nonzero(global_scale(exponents) == stored)
@@ -172,4 +171,4 @@ class Comparer:
 
 
 def _nbytes(part: Part, rows: int, job: Job) -> int:
-    return nbytes_of(part.dtype, part.shape(rows, job.columns))
+    return nbytes_of(part.dtype, part.shape(rows, job.place.columns))

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from ...engines import Backend
 from ...layouts import Given, detect
-from ...planning.options import Limits
+from ...limits import Limits
 from ...source.checkpoint import open_source
 from ...source.headers import Shard
 from ...source.weights import weights_of
@@ -25,11 +25,11 @@ from ...work.reader import SourceReader
 from ...work.worker import Worker
 from ..findings import Findings
 from ..subject import Subject
-from .beside import check_config, check_side_files
+from .beside import check_config_json, check_side_files
 from .comparer import Compared, Comparer
 from .differences import report
+from .lookup import Lookup
 from .pairs import CopyPair, MatrixPair, pair_up
-from .places import Places
 
 __all__ = ["against_source", "spread_over"]
 
@@ -66,10 +66,10 @@ def against_source(
     weights = weights_of(source)
     detection = detect(weights.tensors, source.config, _given(subject))
     with environment_faults():
-        check_config(subject, source, findings)
+        check_config_json(subject, source, findings)
         check_side_files(subject, source, findings)
-        places = Places(subject)
-        pairs = pair_up(subject, weights, detection, places, findings)
+        lookup = Lookup(subject)
+        pairs = pair_up(subject, weights, detection, lookup, findings)
         chosen: list[CopyPair | MatrixPair] = list(spread_over(pairs.copies, sample))
         chosen += spread_over(pairs.matrices, sample)
         results: list[Compared | None] = [None] * len(chosen)
@@ -77,18 +77,18 @@ def against_source(
         def keep(done: tuple[int, Compared]) -> None:
             results[done[0]] = done[1]
 
-        gathered = gathered_nbytes(pair.job for pair in pairs.matrices)
+        gathered = gathered_nbytes(pair.job for pair in pairs.matrices if pair.job)
         budget = budget or budget_for(backend, limits, gathered)
         with _readers(source.shards.values(), subject.source.shards.values()) as (here, there):
             comparers = {
                 Worker(here, backend.make(), budget): Comparer(
-                    here, there, backend.make(), budget, places, is_ours=subject.is_ours
+                    here, there, backend.make(), budget, lookup, is_ours=subject.is_ours
                 )
                 for _ in range(budget.workers)
             }
             with backend.around(), Pool(comparers, here) as pool:
                 pool.run((partial(_compare, comparers, n, p) for n, p in enumerate(chosen)), keep)
-    report(subject, places, chosen, results, findings, is_all=sample is None)
+    report(subject, lookup, chosen, results, findings, is_all=sample is None)
 
 
 def _given(subject: Subject) -> Given:

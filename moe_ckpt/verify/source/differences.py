@@ -8,25 +8,24 @@ from math import inf
 import numpy as np
 
 from ...errors import show
-from ...formats import find_format
-from ...formats.bounds import bound_of
+from ...formats import UNQUANTIZED, find_format
 from ...formats.scales import scale_of
 from ...plan import Job
 from ..findings import Difference, Findings
 from ..subject import Subject
 from .comparer import Compared, Measured
+from .lookup import Lookup
 from .pairs import CopyPair, MatrixPair
-from .places import Places
 
 __all__ = ["report"]
 
-_PLAIN, _GLOBAL = "bf16", "global_scale"
+_GLOBAL = "global_scale"
 _OTHER_WEIGHTS = "the module computes with other weights than the source"
 
 
 def report(
     subject: Subject,
-    places: Places,
+    lookup: Lookup,
     pairs: Sequence[CopyPair | MatrixPair],
     results: Sequence[Compared | None],
     findings: Findings,
@@ -34,7 +33,7 @@ def report(
     is_all: bool,
 ) -> None:
     """Add what was found, in the order of the pairs."""
-    reporter = _Reporter(subject, places, findings)
+    reporter = _Reporter(subject, lookup, findings)
     for pair, result in zip(pairs, results, strict=True):
         if result is None:
             continue
@@ -49,9 +48,9 @@ def report(
 class _Reporter:
     """One run of `report`."""
 
-    def __init__(self, subject: Subject, places: Places, findings: Findings) -> None:
+    def __init__(self, subject: Subject, lookup: Lookup, findings: Findings) -> None:
         self._is_ours = subject.is_ours
-        self._places = places
+        self._lookup = lookup
         self._findings = findings
         self._stacks: dict[int, tuple[Job, str, float, float]] = {}
 
@@ -76,11 +75,11 @@ class _Reporter:
         self, pair: MatrixPair, result: Compared, name: str, measured: Measured | None
     ) -> None:
         unequal = result.unequal
-        tensors = [info.name for _, info, _ in self._places.parts(name)]
+        tensors = [info.name for _, info, _ in self._lookup.parts(name)]
         wrong = [unequal[tensor] for tensor in tensors if tensor in unequal] if unequal else []
         is_exact = None if unequal is None else not wrong
-        is_plain = measured is None or measured.format == _PLAIN
-        is_copied = is_plain and pair.job.encoded.is_plain
+        is_plain = measured is None or measured.format == UNQUANTIZED
+        is_copied = is_plain and pair.place.encoded.is_plain
         if is_exact is not None and (self._is_ours or is_copied):
             for one in wrong:
                 again = "" if is_copied else " when the source is quantized again"
@@ -92,7 +91,7 @@ class _Reporter:
             self._findings.differences.append(
                 Difference(measured.module, measured.format, is_exact, snr_db)
             )
-            if result.shared is not None and not pair.job.is_recoded:
+            if result.shared is not None and pair.job and not pair.job.is_recoded:
                 self._remember(pair.job, measured, result.shared)
 
     def _check_bound(self, measured: Measured) -> None:
@@ -105,7 +104,8 @@ class _Reporter:
                 f"{name} rounds; the worst, at row {worst.row}, column {worst.column}, is "
                 f"{worst.found:.6g} and should be {worst.expected:.6g}"
             )
-        least = -inf if name == _PLAIN else bound_of(name).least_snr_db
+        codes = find_format(name).codes
+        least = codes.least_snr_db if codes else -inf
         if problems or found.snr_db < least:
             expected = f", and {name} leaves {least:g} or more" if found.snr_db < least else ""
             problems.append(f"the SNR is {found.snr_db:g} dB{expected}")
@@ -118,7 +118,7 @@ class _Reporter:
             wanted, found = scale_of(np.array([largest, shared], np.float32), target.largest)
             if wanted != found:
                 stack = name.partition("[expert ")[0]
-                where = [i.name for p, i, _ in self._places.parts(name) if p.role == _GLOBAL]
+                where = [i.name for p, i, _ in self._lookup.parts(name) if p.role == _GLOBAL]
                 self._add(
                     where[0],
                     f"is {found:.9g}; the largest weight of {show(stack)} gives {wanted:.9g}",
@@ -132,7 +132,7 @@ class _Reporter:
 
     def _where(self, name: str) -> str:
         """The tensor of a weight; of stacked experts, which of them it is."""
-        return name if "[expert " in name else self._places.tensor(name)
+        return name if "[expert " in name else self._lookup.tensor(name)
 
     def _add(self, where: str, problem: str) -> None:
         self._findings.add("source", where, problem, _OTHER_WEIGHTS)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...formats.bounds import BF16_ROUNDOFF, bound_of
-from ...plan import Encoded
+from ...formats import find_format
+from ...formats.bounds import BF16_ROUNDOFF, largest_errors
+from ...source.stored import Encoded
 from .matrices import Matrix, MatrixReader
 
 __all__ = ["Distance", "Worst", "distance"]
@@ -31,7 +32,7 @@ class Worst(NamedTuple):
 
 @dataclass(slots=True)
 class Distance:
-    """Of a matrix from its source.
+    """How far a matrix is from its source.
 
     ``signal`` and ``noise`` are sums of squares, ``largest`` is the source's largest magnitude,
     ``beyond`` counts weights whose error is beyond the bound.
@@ -101,9 +102,10 @@ def distance(
     ``is_bounded``: whether errors are held against the bound.
     """
     found = Distance()
-    ours, theirs = wanted.job.encoded, matrix.job.encoded
-    step = max(1, min(_CHUNK_ITEMS, chunk_items) // max(matrix.job.columns, 1))
+    ours, theirs = wanted.place.encoded, matrix.place.encoded
+    step = max(1, min(_CHUNK_ITEMS, chunk_items) // max(matrix.place.columns, 1))
     slack = _slack(ours, theirs)
+    codes = find_format(theirs.format).codes
     with np.errstate(all="ignore"):  # whatever is no number is beyond its bound
         for start in range(0, matrix.rows, step):
             stop = min(start + step, matrix.rows)
@@ -111,12 +113,11 @@ def distance(
             values = there.values(matrix, start, stop)
             magnitude = np.abs(expected)
             bound = None
-            if is_bounded and theirs.is_plain:
+            if is_bounded and codes is None:
                 bound = magnitude * np.float32(slack)
-            elif is_bounded:
-                of_format = bound_of(theirs.format)
-                scale = there.scales(matrix, start, stop, of_format.one)
-                bound = of_format.of(magnitude, scale, slack)
+            elif is_bounded and codes is not None:
+                scale = there.scales(matrix, start, stop, codes.one)
+                bound = largest_errors(codes, magnitude, scale, slack)
             found.add(start, expected, values, magnitude, bound)
     return found
 

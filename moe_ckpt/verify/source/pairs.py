@@ -1,31 +1,32 @@
 """Pair the tensors of a source with those of a checkpoint that was made from it.
 
 Names decide: a weight goes where its module's output name says. What has no counterpart on the
-other side is a finding. A pair of matrices knows the job that would make the one of the other.
+other side is a finding. A pair of matrices knows the job that makes the one of the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...dtypes import FLOATS
-from ...errors import InputError, show
+from ...errors import InputError, Problems, show
 from ...formats import find_format
 from ...layouts import Detection, Experts, Side
+from ...layouts.places import place_of_experts, place_of_linears
 from ...layouts.roles import amax_groups, is_matrix, module_of, reason_to_keep, set_aside
-from ...plan import Copy, Encoded, Job
-from ...planning.choice import output_name
+from ...plan import Copy, Job
 from ...planning.kv_cache import KV_SCALES
 from ...planning.shards import CopyUnit
-from ...planning.units import is_recoded
+from ...planning.units import split_biases
 from ...source.headers import TensorInfo
+from ...source.stored import Encoded, Place
 from ...source.weights import Weights
 from ..findings import Findings
 from ..subject import Subject
-from .places import Places, expert_of
-from .remake import Maker, Recipe, jobs_of, only_job
+from .lookup import Lookup, expert_label
+from .remake import Maker, jobs_of, only_job
 from .sink import Segment
 
 __all__ = ["CopyPair", "MatrixPair", "Pairs", "pair_up"]
@@ -43,15 +44,15 @@ class CopyPair(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MatrixPair:
-    """A slab of a job, and the weights that its matrices should have become, as `Places` has them.
+    """A slab of the source, and what its matrices should have become, as `Lookup` names it.
 
-    ``is_made``: whether the job makes what is there, and so bytes can be compared.
+    ``job``: what makes the same bytes again; None if only values can be compared.
     """
 
-    job: Job
+    place: Place
     slab: int
     names: tuple[str | None, ...]
-    is_made: bool
+    job: Job | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +64,15 @@ class Pairs:
 
 
 def pair_up(
-    subject: Subject, weights: Weights, detection: Detection, places: Places, findings: Findings
+    subject: Subject, weights: Weights, detection: Detection, lookup: Lookup, findings: Findings
 ) -> Pairs:
     """Pair a source, given by its weights and experts, with a checkpoint."""
-    pairing = _Pairing(subject, weights, detection, places, findings)
+    pairing = _Pairing(subject, weights, detection, lookup, findings)
     pairing.pair()
     order = {name: position for position, name in enumerate(weights.tensors)}
 
     def position(pair: MatrixPair) -> tuple[int, int]:
-        label = pair.job.slabs[pair.slab].labels[0]
+        label = pair.place.slabs[pair.slab].labels[0]
         return order[label.partition("[expert ")[0]], pair.slab
 
     return Pairs(
@@ -88,13 +89,13 @@ class _Pairing:
         subject: Subject,
         weights: Weights,
         detection: Detection,
-        places: Places,
+        lookup: Lookup,
         findings: Findings,
     ) -> None:
         self._subject = subject
         self._weights = weights
         self._detection = detection
-        self._places = places
+        self._lookup = lookup
         self._findings = findings
         self._out = subject.weights
         self._maker = Maker(weights, detection)
@@ -150,7 +151,7 @@ class _Pairing:
     def _find(self, name: str) -> str | None:
         """The counterpart of a tensor outside the experts."""
         tensors = self._out.tensors
-        for candidate in (output_name(self._detection, name), name):
+        for candidate in (self._detection.output_name(name), name):
             if candidate in tensors:
                 return candidate
         if name.endswith(KV_SCALES):
@@ -168,7 +169,7 @@ class _Pairing:
         there = self._find(name)
         if there is None:
             if not self._may_be_gone(name):
-                self._add(output_name(self._detection, name), "is missing", _LOST)
+                self._add(self._detection.output_name(name), "is missing", _LOST)
             return
         self._explained.add(there)
         found = self._out.tensors[there]
@@ -190,7 +191,7 @@ class _Pairing:
         tied = any(isinstance(at, dict) and at.get("tie_word_embeddings") is True for at in levels)
         return tied and name.endswith("lm_head.weight")
 
-    def _biases(self, units: Sequence[CopyUnit]) -> None:
+    def _biases(self, units: Iterable[CopyUnit]) -> None:
         """Biases of experts, which may be one tensor in the source and many here."""
         for unit in units:
             segments, start = [], 0
@@ -224,15 +225,14 @@ class _Pairing:
         if fused:
             for name in side.tensors:
                 self._single(name, self._weights.tensors[name])
-        elif not is_split and len(stacks) == 1 and self._places.is_stacked(stacks[0]):
+        elif not is_split and len(stacks) == 1 and self._lookup.is_stacked(stacks[0]):
             self._stacked_experts(found, side, stacks[0])
         else:
             self._split_experts(found, side, names)
         if side.bias and side.bias in self._out.tensors:
             self._single(side.bias, self._weights.tensors[side.bias])
         elif side.bias:
-            units = self._maker.units().of_experts(found, find_format("bf16"))
-            self._biases([u for u in units if isinstance(u, CopyUnit) and u.source == side.bias])
+            self._biases(split_biases(self._weights, found, side))
 
     def _is_kept(self, name: str) -> bool:
         """Whether fused experts are there as they were."""
@@ -243,44 +243,50 @@ class _Pairing:
 
     def _split_experts(self, found: Experts, side: Side, names: Sequence[Sequence[str]]) -> None:
         index = found.sides.index(side)
-        present = [[n if n in self._places else None for n in of_one] for of_one in names]
+        present = [[n if n in self._lookup else None for n in of_one] for of_one in names]
         there = [n for of_one in present for n in of_one if n is not None]
         if not there:
             where = f"{found.output}.*.{'/'.join(side.projections)}"
             self._add(where, f"is missing: what {show(side.tensors[0])} should have become", _LOST)
             return
-        for name in (n for of_one in names for n in of_one if n not in self._places):
+        for name in (n for of_one in names for n in of_one if n not in self._lookup):
             self._add(name, "is missing", _LOST)
         for name in there:
-            self._explained.update((name, *self._places.fused_with(name)))
-        encoded = {self._places.encoded(name) for name in there}
-        job, is_made = self._job(
-            encoded, lambda make, target: jobs_of(make.of_experts(found, target))[index]
-        )
-        if job is None:
+            self._explained.update((name, *self._lookup.fused_with(name)))
+        place = self._place(lambda problems: place_of_experts(self._weights, found, side, problems))
+        if place is None:
             return
+        job = None
         # Ours are split or stacked, and of other fused ones the bytes are not compared.
-        is_made = is_made and not any(map(self._places.fused_with, there))
+        if not any(map(self._lookup.fused_with, there)):
+            job = self._maker.job(
+                {self._lookup.encoded(name) for name in there},
+                lambda make, target: jobs_of(make.of_experts(found, target))[index],
+            )
         for slab, of_one in enumerate(present):
-            self._matrices(job, slab, of_one, is_made=is_made)
+            self._matrices(place, slab, of_one, job)
 
     def _stacked_experts(self, found: Experts, side: Side, stack: str) -> None:
         index = found.sides.index(side)
-        self._explained.update(self._places.tensors_of_stack(stack))
-        job, is_made = self._job(
-            {self._places.encoded_stack(stack)},
+        self._explained.update(self._lookup.tensors_of_stack(stack))
+        place = self._place(
+            lambda problems: place_of_experts(
+                self._weights, found, side, problems, in_one_piece=True
+            )
+        )
+        if place is None:
+            return
+        job = self._maker.job(
+            {self._lookup.encoded_stack(stack)},
             lambda make, target: jobs_of(make.of_fused_experts(found, target))[index],
         )
-        if job is None:
-            return
         shape = (found.num_experts, side.columns, sum(side.rows))
-        there = self._places.shape_of_stack(stack)
+        there = self._lookup.shape_of_stack(stack)
         if shape != there:
             self._differs(stack, f"weights {list(shape)}", f"weights {list(there)}")
             return
         for slab in range(found.num_experts):
-            pair = MatrixPair(job, slab, (expert_of(stack, slab),), is_made)
-            self.matrices.append(pair)
+            self.matrices.append(MatrixPair(place, slab, (expert_label(stack, slab),), job))
 
     # Linear layers
 
@@ -291,51 +297,71 @@ class _Pairing:
         ours = {self._weights.encoded(f"{module}.weight") for module in modules}
         alike = len(ours) == len(there) == 1 and None not in names.values()
         target = find_format(next(iter(there)).format)
-        shares = target.shares_dense_amax and not is_recoded(next(iter(ours)), target)
-        if alike and shares and self._group(modules, names, made=True):
+        source = find_format(next(iter(ours)).format)
+        shares = target.shares_dense_amax and not target.holds(source)
+        if alike and shares and self._made_together(modules, names):
             return
         for module in modules:
-            self._group((module,), names, made=not shares or len(modules) == 1)
+            job = None
+            if not shares or len(modules) == 1:
+                job = self._job_of_linears((module,), names)
+            self._slab((module,), names, job)
 
-    def _group(self, modules: Sequence[str], names: dict[str, str | None], *, made: bool) -> bool:
-        """Add linear layers as one slab; False if no job has them so."""
-        found = [names[module] for module in modules]
-        encoded = {self._out.encoded(name) for name in found if name is not None}
-        job, is_made = self._job(
-            encoded, lambda make, target: only_job(make.of_linears(modules, target))
+    def _made_together(self, modules: Sequence[str], names: Mapping[str, str | None]) -> bool:
+        """Add linear layers as one slab, if one job makes them so."""
+        job = self._job_of_linears(modules, names)
+        if job is not None:
+            self._slab(modules, names, job)
+        return job is not None
+
+    def _job_of_linears(
+        self, modules: Sequence[str], names: Mapping[str, str | None]
+    ) -> Job | None:
+        found = [name for module in modules if (name := names[module]) is not None]
+        return self._maker.job(
+            {self._out.encoded(name) for name in found},
+            lambda make, target: only_job(make.of_linears(modules, target)),
         )
-        if job is None:
-            return False
+
+    def _slab(
+        self, modules: Sequence[str], names: Mapping[str, str | None], job: Job | None
+    ) -> None:
+        found = [names[module] for module in modules]
         self._explained.update(name for name in found if name is not None)
-        self._matrices(job, 0, found, is_made=is_made and made)
-        return True
+        place = place_of_linears(self._weights, [f"{module}.weight" for module in modules])
+        self._matrices(place, 0, found, job)
 
     # Matrices of both
 
-    def _matrices(self, job: Job, slab: int, names: Sequence[str | None], *, is_made: bool) -> None:
-        """Add a pair, of those whose shapes are right."""
+    def _matrices(
+        self, place: Place, slab: int, names: Sequence[str | None], job: Job | None
+    ) -> None:
+        """Add a pair of those matrices whose shapes are right."""
         kept: list[str | None] = []
-        for name, rows in zip(names, job.rows, strict=True):
-            shape = self._places.shape(name) if name else ()
-            if name and shape != (rows, job.columns):
-                wanted = f"weights {[rows, job.columns]}"
+        for name, rows in zip(names, place.rows, strict=True):
+            shape = self._lookup.shape(name) if name else ()
+            if name and shape != (rows, place.columns):
+                wanted = f"weights {[rows, place.columns]}"
                 self._differs(name, wanted, f"weights {list(shape)}")
                 kept.append(None)
             else:
                 kept.append(name)
         if any(kept):
-            whole = is_made and None not in kept
-            self.matrices.append(MatrixPair(job, slab, tuple(kept), whole))
+            whole = None not in kept
+            self.matrices.append(MatrixPair(place, slab, tuple(kept), job if whole else None))
 
-    def _job(self, encoded: set[Encoded], make: Recipe) -> tuple[Job | None, bool]:
-        """What `Maker.job` says; that the source has no such job is a finding."""
+    def _place(self, locate: Callable[[Problems], Place]) -> Place | None:
+        """A place in the source; that it cannot be read there is a finding."""
+        problems = Problems()
         try:
-            return self._maker.job(encoded, make)
+            place = locate(problems)
+            problems.check()
         except InputError as error:
             for text in error.problems:
                 where, _, problem = text.partition(": ")
                 self._add(where, f"cannot be compared with the source: {problem}", _UNKNOWN)
-            return None, False
+            return None
+        return place
 
     # Findings
 

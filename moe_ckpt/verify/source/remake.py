@@ -1,4 +1,4 @@
-"""Jobs that would make again what a checkpoint holds, from its source."""
+"""Jobs that make again what a checkpoint holds, from its source."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from ...dialects import find_dialect
 from ...errors import InputError, Problems
 from ...formats import QuantFormat, find_format
 from ...layouts import Detection
-from ...plan import Encoded, Job
+from ...plan import Job
 from ...planning.calibration import Calibration
 from ...planning.shards import CopyUnit, QuantUnit, pack
 from ...planning.stats import Stats
 from ...planning.units import UnitMaker
+from ...source.stored import Encoded
 from ...source.weights import Weights
 
 __all__ = ["Maker", "Recipe", "jobs_of", "only_job"]
@@ -32,38 +33,32 @@ class Maker:
         self._weights = weights
         self._detection = detection
 
-    def job(self, encoded: set[Encoded], make: Recipe) -> tuple[Job | None, bool]:
-        """The job that makes what is there, and True; else one that only reads the source.
+    def job(self, encoded: set[Encoded], make: Recipe) -> Job | None:
+        """The job that makes what is there; None if none does, or if it takes several.
 
-        ``encoded``: how what it makes is stored. None if it takes several jobs.
-
-        Raises:
-            InputError: the source stores it in a way that makes no job.
+        ``encoded``: how what it makes is stored.
         """
-        if len(encoded) == 1:
-            (there,) = encoded
-            problems = Problems()
-            try:
-                job = make(self.units(problems), find_format(there.format))
-                problems.check()
-            except InputError:
-                job = None
-            if job is not None and _stores(job, there):
-                return _placed(replace(job, inverse=there.inverse)), True
+        if len(encoded) != 1:
+            return None
+        (there,) = encoded
         problems = Problems()
-        job = make(self.units(problems), find_format("bf16"))
-        problems.check()
-        return job, False
+        try:
+            job = make(self._units(problems), find_format(there.format))
+            problems.check()
+        except InputError:
+            return None
+        if job is None or not _stores(job, there):
+            return None
+        return _placed(replace(job, inverse=there.inverse))
 
-    def units(self, problems: Problems | None = None) -> UnitMaker:
-        """A maker of units."""
+    def _units(self, problems: Problems) -> UnitMaker:
         return UnitMaker(
             self._weights,
             self._detection,
             find_dialect("compressed-tensors"),  # it has all formats
             Calibration(_NO_STATS, self._detection, missing_is_constant=True),
             {},
-            problems or Problems(),
+            problems,
             may_requantize=True,
         )
 

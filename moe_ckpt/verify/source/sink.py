@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ...dtypes import itemsize
-from ...plan import Read
 from ...source.headers import TensorInfo
 from ...source.items import DTYPES, numbers
+from ...source.stored import Read
 from ...work.reader import SourceReader
 
 __all__ = ["Comparison", "Segment", "Unequal"]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
+from ...formats import without_input_scale
 from ...layouts.roles import set_aside
 from ...layouts.sizes import sizes_of
+from ...source.encodings import input_name_of
 from ..inventory import Inventory, Module
 from ..subject import Subject
 
 __all__ = ["experts_problems"]
-
-_INPUTS = ("input_scale", "input_global_scale")
 
 
 def experts_problems(subject: Subject, inventory: Inventory) -> Iterator[tuple[str, str]]:
@@ -81,8 +81,8 @@ def _unlike(split: Iterable[Mapping[str, Module]]) -> Iterator[tuple[str, str]]:
                     f"has shape {list(module.shape)}; the other experts have {list(shape)}",
                 )
             elif _form(module) != form:
-                gone = module.format == "nvfp4-w4a16" and form[0] == "nvfp4"
-                scale = _input_name(module)
+                gone = module.format == without_input_scale(form[0]) != form[0]
+                scale = input_name_of(module.what)
                 if gone or (form[1] and not _form(module)[1]):
                     yield f"{module.name}.{scale}", "is missing; the other experts have one"
                 else:
@@ -94,8 +94,3 @@ def _unlike(split: Iterable[Mapping[str, Module]]) -> Iterator[tuple[str, str]]:
 
 def _form(module: Module) -> tuple[str, bool]:
     return module.format, module.tensor("input_scale") is not None
-
-
-def _input_name(module: Module) -> str:
-    """What its activation scale is called."""
-    return _INPUTS["compressed-tensors" in module.what and "NVFP4" in module.what]

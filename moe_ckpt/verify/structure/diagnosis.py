@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ...dtypes import FLOATS
 from ...errors import show
-from ...source.encodings import ENCODINGS, Encoding
+from ...source.encodings import ENCODINGS, REFUSED_ENDINGS, SHAPE_ENDINGS, Encoding
 from ...source.headers import TensorInfo
 from ..stacks import STACK_FORMS, StackForm
 
@@ -19,16 +19,14 @@ _ENDINGS = tuple(
         (
             *(scale.ending for encoding in ENCODINGS for scale in encoding.scales),
             *(encoding.ending for encoding in ENCODINGS if encoding.ending),
-            "_shape",
-            "_zero_point",
-            "_g_idx",
+            *SHAPE_ENDINGS,
+            *REFUSED_ENDINGS,
         )
     )
 )
 _STEM = re.compile(rf"(.*(?:weight|_proj))({'|'.join(sorted(_ENDINGS, key=len, reverse=True))})")
-_STACK_STEM = re.compile(
-    r"(.*\.experts\.[^.]+_proj)(?:_(?:weight_scale|weight_scale_2|input_scale))?"
-)
+_STACK_ENDINGS = {ending: role for form in STACK_FORMS for role, ending, _, _ in form.scales}
+_STACK_STEM = re.compile(rf"(.*\.experts\.[^.]+_proj)(?:{'|'.join(_STACK_ENDINGS)})?")
 
 
 class Fault(NamedTuple):
@@ -74,7 +72,8 @@ def diagnose(stem: str, tensors: Mapping[str, TensorInfo], used: Iterable[str]) 
 
 
 def _beside(stem: str, tensors: Mapping[str, TensorInfo]) -> list[str]:
-    names = [stem + ending for ending in (*_ENDINGS, "_weight_scale", "_weight_scale_2")]
+    of_stacks = [ending for ending, role in _STACK_ENDINGS.items() if role != "input_scale"]
+    names = [stem + ending for ending in (*_ENDINGS, *of_stacks)]
     return [name for name in dict.fromkeys(names) if name in tensors]
 
 
@@ -108,7 +107,7 @@ def _faults(encoding: Encoding, stem: str, tensors: Mapping[str, TensorInfo]) ->
         expected = (*lead, *scale.part(info.dtype).shape(n, k))
         if scale.is_whole and k % scale.columns:
             faults.append(Fault(own, f"has {k} columns, no multiple of {scale.columns}", "qweight"))
-        elif info.shape not in encoding.spellings(scale, lead, n, k):
+        elif info.shape not in encoding.shapes_of(scale, lead, n, k):
             faults.append(
                 Fault(
                     info.name,
@@ -118,7 +117,7 @@ def _faults(encoding: Encoding, stem: str, tensors: Mapping[str, TensorInfo]) ->
                 )
             )
     if encoding.ending == "_packed":
-        needed.add(f"{stem}_shape")
+        needed.update(f"{stem}{ending}" for ending in SHAPE_ENDINGS)
     faults += _extra(needed, encoding.name, stem, tensors)
     return faults
 

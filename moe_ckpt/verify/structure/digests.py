@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...errors import show
 from ...output.journal import Record
-from ...planning.origin import file_sha256
+from ...source.files import file_sha256
 from ..findings import Findings
 from ..subject import Subject
 

@@ -10,6 +10,7 @@ from ...layouts.roles import module_of
 from ...layouts.sizes import model_type_of
 from ...layouts.table import find_family
 from ...source.checkpoint import INDEX
+from ...source.encodings import ENCODINGS, INPUT_NAMES
 from ...source.headers import TensorInfo
 from ..findings import Findings
 from ..inventory import Inventory
@@ -19,7 +20,8 @@ from .diagnosis import diagnose, stem_of
 
 __all__ = ["check_structure"]
 
-_INPUTS = ("input_scale", "input_global_scale")
+# What weights are stored as -> the ending of the tensor with their shape, if they have one.
+_SHAPES = {of.name: of.shape_ending for of in ENCODINGS if of.shape_ending}
 _FUSED_LEAF = re.compile(r"((gate_up|gate|up|down)_proj|w[123]|w13|v1)(_.*)?")
 
 # What happens at load time where a tensor of this role is missing or no such tensor.
@@ -33,7 +35,7 @@ _EFFECTS = {
     "channel_scale": "vLLM loads experts without a word, with what memory held as their scales",
     "input_scale": "vLLM takes what memory held for NVFP4 and 1.0 for FP8, SGLang takes 1.0: "
     "nothing is said, and all experts of the layer get the largest",
-    "leftover": "some loaders stop at a name that they do not know, others drop it",
+    "leftover": "some runtimes stop at a name that they do not know, others drop it",
 }
 _STOPS = "runtimes build the model from config.json, and stop where the shapes do not fit"
 
@@ -152,7 +154,7 @@ def _check_leftovers(subject: Subject, inventory: Inventory, findings: Findings)
     used = {info.name for module in inventory.modules for _, info in module.parts}
     reported = {finding.where for finding in findings.found}
     for name, info in tensors.items():
-        if name.endswith(_INPUTS) and name not in used and name not in reported:
+        if name.endswith(INPUT_NAMES) and name not in used and name not in reported:
             _add(findings, name, _why_unused(info), _EFFECTS["leftover"])
             continue
         if ".experts." not in name:
@@ -168,10 +170,11 @@ def _check_leftovers(subject: Subject, inventory: Inventory, findings: Findings)
                 "a runtime loads both, and what it reads last counts",
             )
     for module in inventory.quantized:
-        if module.format.startswith("int4") and f"{module.name}.weight_shape" not in tensors:
+        ending = _SHAPES.get(module.what)
+        if ending and f"{module.name}.weight{ending}" not in tensors:
             _add(
                 findings,
-                f"{module.name}.weight_shape",
+                f"{module.name}.weight{ending}",
                 f"is missing beside {module.what}",
                 "transformers cannot unpack the weight and stops; vLLM and SGLang do not read it",
             )

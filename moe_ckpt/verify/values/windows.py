@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ...plan import Read
 from ...source.headers import Shard, TensorInfo
 from ...source.items import DTYPES, numbers
+from ...source.stored import Read
 from ...work.reader import SourceReader
 
 __all__ = ["Bad", "bad_codes", "bad_numbers", "integers"]

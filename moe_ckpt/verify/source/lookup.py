@@ -5,29 +5,28 @@ from __future__ import annotations
 from functools import cached_property
 
 from ...errors import Problems
-from ...formats import Part, find_format
+from ...formats import UNQUANTIZED, Part, without_input_scale
 from ...layouts import SPLIT
-from ...plan import Encoded, Job, Read, Slab
-from ...planning.shards import QuantUnit
-from ...planning.units import UnitMaker
+from ...layouts.places import expert_modules, place_of_experts, place_of_linears
 from ...source.headers import TensorInfo
+from ...source.stored import Encoded, Place, Read, Slab
 from ..stacks import STACK_FORMS
 from ..subject import Subject
 from .matrices import Matrix
 
-__all__ = ["Places", "expert_of"]
+__all__ = ["Lookup", "expert_label"]
 
 
-def expert_of(stack: str, expert: int) -> str:
+def expert_label(stack: str, expert: int) -> str:
     """What to call one of stacked experts."""
     return f"{stack}[expert {expert}]"
 
 
-class Places:
+class Lookup:
     """Looks weights up by name.
 
     Experts that are stacked as ModelOpt does it, ``experts.gate_up_proj`` [E, K, N], are called
-    what `expert_of` says; those in other fused tensors what they are called when split.
+    what `expert_label` says; those in other fused tensors what they are called when split.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -43,12 +42,12 @@ class Places:
     def encoded(self, name: str) -> Encoded:
         """How a weight is stored."""
         inside = self._in_fused.get(name)
-        return inside.job.encoded if inside else self._weights.encoded(name)
+        return inside.place.encoded if inside else self._weights.encoded(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Its shape."""
         inside = self._in_fused.get(name)
-        return (inside.rows, inside.job.columns) if inside else self._weights.tensors[name].shape
+        return (inside.rows, inside.place.columns) if inside else self._weights.tensors[name].shape
 
     def matrix(self, name: str) -> Matrix:
         """It, to be read."""
@@ -57,9 +56,7 @@ class Places:
             return self._of_stack(stack, int(expert[:-1]))
         if name in self._in_fused:
             return self._in_fused[name]
-        n, k = self._weights.tensors[name].shape
-        slab = Slab((self._weights.reads(name),), (name,), (name,))
-        return Matrix(_job(slab, n, k, self._weights.encoded(name)), 0, 0)
+        return Matrix(place_of_linears(self._weights, [name]), 0, 0)
 
     def parts(self, name: str) -> list[tuple[Part, TensorInfo, Read]]:
         """Its parts, the tensors that hold them, and where they lie there.
@@ -75,8 +72,8 @@ class Places:
         else:
             infos = tuple(info for _, info in self._weights.stored_as(name))
             infos = infos or (self._weights.tensors[name],)
-        (reads,) = matrix.job.slabs[0].reads
-        return list(zip(matrix.job.encoded.parts, infos, reads, strict=True))
+        (reads,) = matrix.place.slabs[0].reads
+        return list(zip(matrix.place.encoded.parts, infos, reads, strict=True))
 
     def tensor(self, name: str) -> str:
         """The tensor that holds its codes."""
@@ -126,10 +123,10 @@ class Places:
             has_input = found[-1][0].role == "input_scale"
             if codes.dtype == form.dtype and missing <= (not has_input):
                 parts, infos = zip(*found[: len(form.scales)], strict=True)
-                weights_only = form.format == "nvfp4" and not has_input
-                return Encoded(form.format + "-w4a16" * weights_only, parts), infos
+                found_format = form.format if has_input else without_input_scale(form.format)
+                return Encoded(found_format, parts), infos
         if codes.dtype in ("BF16", "F16", "F32"):
-            return Encoded("bf16", (Part("qweight", codes.dtype, 1),)), (codes,)
+            return Encoded(UNQUANTIZED, (Part("qweight", codes.dtype, 1),)), (codes,)
         return None
 
     def _of_stack(self, name: str, expert: int) -> Matrix:
@@ -140,8 +137,8 @@ class Places:
             nbytes = info.nbytes if part.is_scalar else info.nbytes // e
             start = 0 if part.is_scalar else expert * nbytes
             reads.append(Read(info.shard, info.offset + start, nbytes))
-        slab = Slab((tuple(reads),), (name,), (expert_of(name, expert),))
-        return Matrix(_job(slab, n, k, encoded, is_transposed=True), 0, 0)
+        slab = Slab((tuple(reads),), (expert_label(name, expert),))
+        return Matrix(Place((slab,), (n,), (n,), k, encoded, is_transposed=True), 0, 0)
 
     # Other fused experts
 
@@ -162,30 +159,13 @@ class Places:
         found: dict[str, tuple[Matrix, tuple[str, ...]]] = {}
         if self._detection is None:
             return found
-        make = UnitMaker.to_read(self._weights, self._detection, Problems())
         for experts in self._detection.experts:
             if experts.layout == SPLIT:
                 continue
-            units = make.of_experts(experts, find_format("bf16"))
-            for unit in units[:1]:
-                for job in unit.jobs if isinstance(unit, QuantUnit) else ():
-                    for number, slab in enumerate(job.slabs):
-                        for part, module in enumerate(slab.modules):
-                            matrix = Matrix(job, number, part)
-                            found[f"{module}.weight"] = matrix, experts.tensors
+            for side in experts.sides:
+                place = place_of_experts(self._weights, experts, side, Problems())
+                for expert in range(experts.num_experts):
+                    for part, module in enumerate(expert_modules(experts, side, expert)):
+                        matrix = Matrix(place, expert, part)
+                        found[f"{module}.weight"] = matrix, experts.tensors
         return found
-
-
-def _job(slab: Slab, n: int, k: int, encoded: Encoded, *, is_transposed: bool = False) -> Job:
-    """A job that only reads."""
-    return Job(
-        slabs=(slab,),
-        source_rows=(n,),
-        rows=(n,),
-        columns=k,
-        encoded=encoded,
-        dtype=encoded.parts[0].dtype if encoded.is_plain else "F32",
-        format="bf16",
-        parts=(),
-        is_transposed=is_transposed,
-    )

@@ -8,6 +8,7 @@ import numpy as np
 
 from ...dialects.matching import built_modules
 from ...errors import show, show_some
+from ...formats import find_format
 from ...planning.kv_cache import KV_SCALES
 from ..findings import Findings
 from ..inventory import Inventory, Module, pairs_of
@@ -114,7 +115,7 @@ def _check_linears(inventory: Inventory, values: Values, findings: Findings) -> 
         if len(members) > 1:
             modules = [linears[member] for member in members]
             # Of FP8 every projection may have its own: runtimes quantize them again.
-            if all(module.format.startswith("nvfp4") for module in modules):
+            if all(find_format(module.format).shares_dense_amax for module in modules):
                 _refuse_unequal("global_scale", modules, values, findings, _DENSE)
             _refuse_unequal("input_scale", modules, values, findings, _DENSE_INPUT)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from ...dialects.modelopt.table import algorithm_named
 from ...dialects.reading import Reading
 from ...errors import show, show_some
 from ...planning.kv_cache import KV_SCALES
@@ -14,14 +15,6 @@ from ..inventory import Inventory, expert_of
 from ..subject import Subject
 
 __all__ = ["check_kv_cache", "check_single_experts", "check_two_files"]
-
-# What vLLM wants of the file, where it goes by it.
-_KEYS_BESIDE = {
-    **dict.fromkeys(
-        ("NVFP4", "W4A16_NVFP4"), ("group_size", "kv_cache_quant_algo", "exclude_modules")
-    ),
-    "MXFP8": ("kv_cache_quant_algo", "exclude_modules"),
-}
 
 _TWO_FILES = (
     "TensorRT-LLM goes by hf_quant_config.json, vLLM and SGLang by config.json: one is wrong"
@@ -43,9 +36,10 @@ def check_two_files(subject: Subject, readings: Mapping[str, Reading], findings:
         )
         return
     one, other = readings[config.where], readings[HF_QUANT_CONFIG]
+    algorithm = algorithm_named(beside.said.get("quant_algo"))
     differences = [
         f'has no "{key}", which vLLM wants there'
-        for key in _KEYS_BESIDE.get(str(beside.said.get("quant_algo")).upper(), ())
+        for key in (algorithm.keys_beside if algorithm else ())
         if key not in beside.said
     ]
     algos = [str(said.said.get("quant_algo", "")).upper() for said in (config, beside)]
@@ -95,9 +89,9 @@ def check_kv_cache(subject: Subject, findings: Findings) -> None:
     """A scheme for the KV cache and its scales go together."""
     tensors = subject.source.tensors
     scales = [name for name in tensors if name.endswith(KV_SCALES)]
-    announced = any(said.has_kv_cache for said in subject.said)
-    any_scheme = announced or any(said.unknown_kv_cache for said in subject.said)
-    if announced and not scales:
+    declared = any(said.has_kv_cache for said in subject.said)
+    any_scheme = declared or any(said.unknown_kv_cache for said in subject.said)
+    if declared and not scales:
         findings.add(
             "config",
             show(subject.said[0].where),
@@ -109,7 +103,7 @@ def check_kv_cache(subject: Subject, findings: Findings) -> None:
             "config",
             show(scales[0]),
             f"is one of {len(scales)} scales of a KV cache that no file says is quantized",
-            "runtimes keep the cache in 16 bits, and loaders that know no such name stop",
+            "runtimes keep the cache in 16 bits, and runtimes that know no such name stop",
         )
     for name in scales:
         other = re.sub(r"(k_proj\.k|v_proj\.v|k|v)_scale$", _other_scale, name)

@@ -1,0 +1,52 @@
+"""Read what ``quant_method: fp8`` says of quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import show
+from ...runtimes import SGLANG, VLLM
+from ..reading import Reading, require_scale, texts_of
+from .match import fp8_readers
+from .table import BLOCKS, KEPT
+
+__all__ = ["read_fp8", "read_lists"]
+
+_IGNORED = "ignored_layers"
+
+
+def read_fp8(said: Mapping[str, Any], reading: Reading) -> None:
+    """Add what is said to a reading."""
+    block = said.get("weight_block_size")
+    found: str | None = "fp8-tensor"
+    if block is not None:
+        sizes = tuple(block) if isinstance(block, list) else ()
+        found = BLOCKS.get(sizes) if all(isinstance(n, int) for n in sizes) else None
+    if found is None:
+        reading.problems.append(
+            f"weight_block_size is {show(block)}; runtimes know [128, 128] and MX's [1, 32]"
+        )
+        return
+    if said.get("activation_scheme") == "static":
+        require_scale(found, reading)
+    if said.get("activation_scheme") not in ("dynamic", "static"):
+        reading.problems.append(
+            f"activation_scheme is {show(said.get('activation_scheme'))}; expected dynamic"
+        )
+    read_lists(said, found, reading)
+
+
+def read_lists(said: Mapping[str, Any], found: str, reading: Reading) -> None:
+    """Add the lists of what is not quantized, where all else has one format.
+
+    vLLM and SGLang look for ``ignored_layers`` first, the others only for the other key.
+    """
+    ignored = texts_of(said.get(_IGNORED), _IGNORED, reading)
+    reading.has_list = False
+    kept = texts_of(said.get(KEPT), KEPT, reading)
+    reading.entries = (*ignored, *kept)
+    reading.readers = fp8_readers(kept, found)
+    if ignored:
+        first = fp8_readers(ignored, found)
+        reading.readers |= {VLLM: first[VLLM], SGLANG: first[SGLANG]}

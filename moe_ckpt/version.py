@@ -1,0 +1,3 @@
+"""The version of moe-ckpt."""
+
+__version__ = "0.1.0"
