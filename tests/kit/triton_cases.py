@@ -14,8 +14,8 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-
 from kit.with_scales import scale_for
+
 from moe_ckpt.formats import FORMATS, find_format
 from moe_ckpt.formats.amax import abs_max
 from moe_ckpt.kernels import gpu
