@@ -117,7 +117,7 @@ def differences(row, weight_BNK, stored):
     return found if torch.equal(gpu.row_amax(stored).cpu(), amax_BN) else [*found, "amax"]
 
 
-# Several programs find the amax of a row: from 1,024 columns on if rows are contiguous, else 8,192.
+# Several programs find the amax of a row: from 1,024 columns on if transposed, else from 8,192.
 LONG = [(2, 2_100), (2, 9_000)]
 
 
@@ -165,5 +165,5 @@ if __name__ == "__main__":
     lines = []
     for name in sys.argv[1:]:
         lines += check(find_format(name), "cpu")
-        print(name)  # what was checked  # noqa: T201
+        print(name)  # noqa: T201
     sys.exit("\n".join(lines) or None)
