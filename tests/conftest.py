@@ -6,8 +6,8 @@ import os
 import signal
 from pathlib import Path
 
-# The matrices of tests are too small for more threads of torch, which spin while they wait. It looks
-# when it is imported.
+# The matrices of tests are too small for more threads of torch, which spin while they wait. It
+# looks here when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
