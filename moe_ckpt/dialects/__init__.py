@@ -28,8 +28,8 @@ DIALECTS: tuple[Dialect, ...] = (
     plain.DIALECT,
 )
 
-# The dialect of a format that most runtimes read, and transformers among them where it can. Of
-# mxfp8 ModelOpt's: vLLM and TensorRT-LLM read it; compressed-tensors' is vLLM's alone.
+# The dialect of a format that most runtimes read, and transformers among them where it can. For
+# mxfp8 that is ModelOpt's: vLLM and TensorRT-LLM read it; compressed-tensors' is vLLM's alone.
 _DEFAULTS = {
     **dict.fromkeys(("nvfp4", "nvfp4-w4a16", "fp8-tensor", "mxfp8"), modelopt.DIALECT),
     "fp8-block": fp8.DIALECT,

@@ -1,8 +1,8 @@
 """What runtimes build of the modules of a checkpoint, and whether they all read a list alike.
 
 Each runtime asks about the modules it builds: q/k/v and gate/up are one module there, and the
-experts of a layer are one. How it decides differs by runtime and kind of configuration: see the
-modules ``match_*``.
+experts of a layer are one. How it decides differs by runtime and kind of configuration: see
+``match`` of each dialect.
 """
 
 from __future__ import annotations

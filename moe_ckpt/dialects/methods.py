@@ -35,8 +35,8 @@ class QuantMethod:
     ``read``: adds what runtimes make of a configuration to a `Reading`.
     ``names``: what runtimes know it by, where that is more than its name.
     ``why_not``: why a runtime reads no format so.
-    ``has_plain_head``: whether runtimes build output head and routers in 16 bits, listed or not;
-        but for transformers, which does without a list.
+    ``has_plain_head``: whether runtimes build the output head, and some families' routers, in 16
+        bits even if they are not listed.
     ``source_problems``: what a configuration says of ways to quantize that no source is read of.
     ``describes``: whether a configuration can mean a format of the method.
     """
@@ -61,30 +61,29 @@ class QuantMethod:
         return weights in sources and self.describes(said, format_name)
 
 
-METHODS: Mapping[str, QuantMethod] = {
-    method.name: method
-    for method in (
-        QuantMethod("fp8", FP8, read_fp8, has_plain_head=True),
-        QuantMethod("fbgemm_fp8", [CHANNEL], read_fbgemm, has_plain_head=True),
-        QuantMethod("mxfp8", [MXFP8], read_mxfp8, has_plain_head=True),
-        QuantMethod("mxfp4", [GPT_OSS], read_mxfp4),
-        QuantMethod(
-            "modelopt",
-            MODELOPT,
-            read_modelopt,
-            names=METHOD_NAMES,
-            why_not={
-                TRANSFORMERS: "it knows no quant_method modelopt: it warns, and takes the codes "
-                "for weights"
-            },
-            source_problems=unread_algorithms,
-        ),
-        QuantMethod(
-            "compressed-tensors",
-            COMPRESSED,
-            read_compressed,
-            source_problems=unread_schemes,
-            describes=describes,
-        ),
-    )
-}
+_METHODS: tuple[QuantMethod, ...] = (
+    QuantMethod("fp8", FP8, read_fp8, has_plain_head=True),
+    QuantMethod("fbgemm_fp8", [CHANNEL], read_fbgemm, has_plain_head=True),
+    QuantMethod("mxfp8", [MXFP8], read_mxfp8, has_plain_head=True),
+    QuantMethod("mxfp4", [GPT_OSS], read_mxfp4),
+    QuantMethod(
+        "modelopt",
+        MODELOPT,
+        read_modelopt,
+        names=METHOD_NAMES,
+        why_not={
+            TRANSFORMERS: "it knows no quant_method modelopt: it warns, and takes the codes "
+            "for weights"
+        },
+        source_problems=unread_algorithms,
+    ),
+    QuantMethod(
+        "compressed-tensors",
+        COMPRESSED,
+        read_compressed,
+        source_problems=unread_schemes,
+        describes=describes,
+    ),
+)
+
+METHODS: Mapping[str, QuantMethod] = {method.name: method for method in _METHODS}

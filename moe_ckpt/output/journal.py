@@ -29,7 +29,7 @@ from .durable import publish, sync_folder, write_new
 __all__ = ["JOURNAL", "PRIVATE", "Head", "Journal", "JournalWriter", "Record", "head_of"]
 __all__ += ["read_journal"]
 
-PRIVATE = ".moe-ckpt"  # everything that no loader should see
+PRIVATE = ".moe-ckpt"  # everything that no runtime should see
 JOURNAL = f"{PRIVATE}/journal.jsonl"
 SCHEMA, VERSION = "moe-ckpt/journal", 1
 _CAP_NBYTES = 100_000_000

@@ -1,6 +1,6 @@
 """Write the output folder so that nothing in it looks finished before it is.
 
-Every file goes the same way: it is written under ``.moe-ckpt/``, where no loader looks, and
+Every file goes the same way: it is written under ``.moe-ckpt/``, where no runtime looks, and
 flushed to disk; the journal gets a line with its SHA-256; then it is renamed. Shards come first.
 Configuration follows the last of them, config.json next to last and the index at the end.
 """

@@ -175,7 +175,7 @@ def _row(family: Family) -> dict[str, Any]:
 
 
 def _by_runtimes(family: Family) -> list[tuple[str, tuple[str, ...]]]:
-    """Loaders of the split form; with the model types where these differ."""
+    """Runtimes that read the split form; with the model types where these differ."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for model_type in family.model_types:
         groups.setdefault(family.split_runtimes(model_type), []).append(model_type)

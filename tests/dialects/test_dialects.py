@@ -17,10 +17,16 @@ from moe_ckpt.dialects import (
     find_dialect,
     runtimes_of_spelling,
 )
+from moe_ckpt.dialects.compressed_tensors.table import SCHEMES
+from moe_ckpt.dialects.matching import Built
+from moe_ckpt.dialects.methods import METHODS
+from moe_ckpt.dialects.modelopt.table import ALGORITHMS, MIX
+from moe_ckpt.dialects.read import read_config
 from moe_ckpt.errors import LayoutError, UsageError
-from moe_ckpt.formats import FORMATS
+from moe_ckpt.formats import FORMATS, find_format
 
 CT = "compressed-tensors"
+MODULE = Built("model.layers.0.self_attn.o_proj", ("model.layers.0.self_attn.o_proj",), None)
 SIMPLE = Assignment(
     {"?": [QuantizedExperts("model.layers.0.mlp.experts", 0, 4, ("gate_proj", "up_proj"))]},
     {},
@@ -362,3 +368,49 @@ def test_experts_in_one_tensor_are_modelopts(model, experts, words):
     split = moe_ckpt.make_plan(source, dialect="compressed-tensors", experts="split")
     assert split.experts_as == "split"
     assert moe_ckpt.make_plan(source, experts="fused").experts_as == "fused"
+
+
+def test_every_method_spells_the_parts_of_its_formats():
+    for method in METHODS.values():
+        for spelling in method.spellings:
+            parts = {part.role for part in find_format(spelling.format).parts}
+            assert {*spelling.suffixes} == parts, (method.name, spelling.format)
+            assert {*spelling.inverse, *spelling.scale_dtypes} <= parts
+            assert not {*spelling.why_not} & {*spelling.runtimes}
+            assert spelling.what
+    for dialect in DIALECTS:
+        written = [spelling for spelling in dialect.spellings.values() if spelling.what]
+        assert all(spelling in METHODS[dialect.name].spellings for spelling in written)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.spelling.format)
+def test_a_group_of_compressed_tensors_is_read_as_it_is_written(scheme):
+    name = scheme.spelling.format
+    group = {"targets": ["Linear"], "format": scheme.stored, "weights": scheme.weights}
+    said = {
+        "quant_method": CT,
+        "config_groups": {"g": group | {"input_activations": scheme.inputs}},
+    }
+    reading = read_config(CT, said)
+    assert not reading.problems
+    assert reading.static == ({name} if find_format(name).input_scale else set())
+    assert {read(MODULE) for read in reading.readers.values()} == {name}
+    assert not METHODS[CT].source_problems(said)
+    assert METHODS[CT].may_be(name, said)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm.names[0])
+def test_an_algorithm_of_modelopt_is_read_by_its_names(algorithm):
+    """With the group size that ModelOpt says beside it, and with no other."""
+    name = algorithm.spelling.format
+    for called in algorithm.names:
+        said = {"quant_method": "modelopt", "quant_algo": called, "ignore": []}
+        right, wrong = said | {"group_size": algorithm.group_size}, said | {"group_size": 99}
+        reading = read_config("modelopt", right)
+        assert not reading.problems
+        assert {read(MODULE) for read in reading.readers.values()} == {name}
+        assert "group_size is 99" in read_config("modelopt", wrong).problems[0]
+        layers = {"quant_algo": MIX, "quantized_layers": {MODULE.name: {"quant_algo": called}}}
+        assert read_config("modelopt", said | layers).layers == {MODULE.name: name}
+        is_read = algorithm.spelling.is_source and called not in algorithm.unread
+        assert bool(METHODS["modelopt"].source_problems(said)) != is_read

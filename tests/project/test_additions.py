@@ -52,7 +52,10 @@ class Copy:
                 path.parent.mkdir(exist_ok=True)
                 path.write_text(text)
                 continue
-            row = textwrap.indent(f"{text.rstrip()},\n", "    ")
+            imports = re.match(r"((?:from .*\n)*)\n*", text)
+            assert imports
+            row = textwrap.indent(f"{text[imports.end() :].rstrip()},\n", "    ")
+            future = "from __future__ import annotations\n"
             after, count = re.subn(
                 rf"^{table}\b[^\n]*= \(\n",
                 lambda match, row=row: match[0] + row,
@@ -60,7 +63,7 @@ class Copy:
                 flags=re.MULTILINE,
             )
             assert count == 1, f"{name} has no {table}"
-            path.write_text(after)
+            path.write_text(after.replace(future, f"{future}\n{imports[1]}", 1))
 
     def run(self, *args: object, code: int = 0) -> str:
         """Run the command; returns all that it prints."""
@@ -137,3 +140,23 @@ def test_a_family_is_one_row(tmp_path):
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], matrix) for name, matrix in expected.items())
     assert "example: example_moe" in copy.run("layouts")
+
+
+def test_a_dialect_is_a_folder_and_two_lines(tmp_path):
+    copy = Copy(tmp_path / "package", "Add a dialect")
+    assert [table for _, table, _ in copy.edits if table] == ["DIALECTS", "_METHODS"]
+    out, back = tmp_path / "out", tmp_path / "back"
+    printed = copy.run(
+        "convert", WIDE, out, "--format", "fp8-channel", "--dialect", "example", "-v"
+    )
+    assert "Dialect   example: a dialect to learn from" in printed
+    assert "Loads in  vLLM; not in transformers" in printed
+    said = read_json(out / "config.json")["quantization_config"]
+    assert said["quant_method"] == "example"
+    assert "nothing is wrong" in copy.run("verify", out, "--source", WIDE, "--all")
+    copy.run("convert", out, back, "--format", "bf16")
+    tensors, decoded = (load_file(folder / "model.safetensors") for folder in (out, back))
+    module = "model.layers.0.mlp.experts.0.up_proj"
+    codes, scale = tensors[f"{module}.weight"], tensors[f"{module}.weight_row_scale"]
+    expected = (codes.float() * scale).bfloat16()
+    assert torch.equal(decoded[f"{module}.weight"], expected)

@@ -14,6 +14,8 @@ from kit.quantized_sources import gpt_oss, make, same
 import moe_ckpt
 from moe_ckpt.conversion import execute
 from moe_ckpt.engines import backend_for
+from moe_ckpt.source.headers import TensorInfo
+from moe_ckpt.source.weights import find_weights
 from moe_ckpt.work.batches import Budget
 
 
@@ -160,3 +162,22 @@ def test_exports_of_modelopt_are_decoded(tmp_path, folder):
     names = [name for name in stored if not name.endswith(beside)]
     expected = {name: decoded_by_formula(stored, name) for name in names}
     same(found, {n: w.bfloat16() if w.dtype == torch.float32 else w for n, w in expected.items()})
+
+
+@pytest.mark.parametrize(
+    ("shape", "scales", "what"),
+    [
+        ((128, 128), {"_scale": ("F32", (1, 1))}, "FP8 per tensor"),
+        ((1, 256), {"_scale": ("F32", (1,))}, "FP8 per tensor"),
+        ((2, 256), {"_scale": ("F32", (2,))}, "FP8 per channel"),
+        ((2, 256), {"_scale": ("F32", (1, 2))}, "FP8 in blocks"),
+        ((1, 32), {"_scale_inv": ("F8_E8M0", (1, 1))}, "FP8 in blocks"),
+        ((2, 32), {"_scale_inv": ("F8_E8M0", (2, 1))}, "MXFP8"),
+        ((2, 64), {"_scale": ("F32", ()), "_scale_inv": ("U8", (2, 2))}, "MXFP8"),
+    ],
+)
+def test_scales_of_small_matrices_are_of_the_coarsest_kind_that_fits(shape, scales, what):
+    infos = [TensorInfo("m.weight", "F8_E4M3", shape, "s", 0, 0)]
+    infos += [TensorInfo(f"m.weight{end}", *scale, "s", 0, 0) for end, scale in scales.items()]
+    found = find_weights({info.name: info for info in infos})
+    assert [stored.kind.name for stored in found.stored.values()] == [what]

@@ -32,7 +32,7 @@ __all__ = ["KV_CACHE", "PACKED", "PLAIN", "SCHEMES", "SPELLINGS", "Scheme", "sch
 
 PACKED = "pack-quantized"
 
-# vLLM knows MX by the second.
+# What is said of a scale besides its group; vLLM tells MX formats by torch.uint8.
 _SCALE_DTYPES = {"F8_E4M3": "torch.float8_e4m3fn", "U8": "torch.uint8"}
 
 

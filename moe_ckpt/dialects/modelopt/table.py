@@ -38,7 +38,7 @@ from ..dialect import Spelling, plain_spelling
 __all__ = ["ALGORITHMS", "METHOD_NAMES", "MIX", "PLAIN", "READ_IN_SOURCES", "SPELLINGS"]
 __all__ += ["UNKNOWN_FORMATS", "Algorithm", "algorithm_named", "algorithm_of"]
 
-# What runtimes know of its names for quant_method; others begin so, too.
+# The quant_methods that runtimes know as ModelOpt's; sources may have others that begin so.
 METHOD_NAMES = ("modelopt", *(f"modelopt_{of}" for of in ("fp4", "fp8", "mixed", "mxfp8")))
 
 MIX = "MIXED_PRECISION"  # the quant_algo of several algorithms
