@@ -274,7 +274,7 @@ def test_another_version_is_refused(source, tmp_path, monkeypatch):
     out = tmp_path / "out"
     interrupted(source, out)
     began = moe_ckpt.__version__
-    monkeypatch.setattr(moe_ckpt, "__version__", "99.0")
+    monkeypatch.setattr("moe_ckpt.planning.provenance.__version__", "99.0")
     with pytest.raises(OutputRefusedError, match=f"moe-ckpt {began} began it, this is 99.0"):
         moe_ckpt.convert(source, out, **SHARDS)
 
