@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
+
+# The matrices of tests are too small for more threads of torch, which spin while they wait. It
+# looks here when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import HealthCheck, settings
 from kit.files import FIXTURES, write_headers
+
+import moe_ckpt
+
+# Set where the suite is to test a wheel: the working tree must not stand in for it.
+if os.environ.get("MOE_CKPT_TEST_INSTALLED"):
+    assert "site-packages" in Path(moe_ckpt.__file__).parts, moe_ckpt.__file__
 
 # Machines that run this differ in speed; nothing here is about time.
 settings.register_profile("any", deadline=None, suppress_health_check=list(HealthCheck))

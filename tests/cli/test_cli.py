@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from kit.command import run_cli, wait_for_a_shard
+from kit.command import run_cli, run_here, wait_for_a_shard
 from kit.files import FIXTURES, read_files
 
 import moe_ckpt
@@ -131,7 +131,7 @@ def test_inspect_reads_no_weights(tmp_path):
 )
 def test_exit_codes(tmp_path, args, code, text):
     paths = {"IN": SOURCE, "OUT": tmp_path / "out"}
-    done = run_cli(*(paths.get(arg, arg) for arg in args))
+    done = run_here(*(paths.get(arg, arg) for arg in args))
     assert done.returncode == code, done.stderr
     assert text in done.stderr
     assert "Traceback" not in done.stderr
@@ -198,6 +198,7 @@ def interrupt(args, out, number, handler, code):
     return errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
 def test_signals_that_the_shell_wants_ignored_are(tmp_path, slow_model, number):
     """As nohup does with hangups, and a shell script with Ctrl-C for what runs behind it."""
@@ -208,6 +209,7 @@ def test_signals_that_the_shell_wants_ignored_are(tmp_path, slow_model, number):
     assert (out / "config.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)],

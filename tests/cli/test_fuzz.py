@@ -208,6 +208,7 @@ def check_header(file: File, data: bytes) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["bytes", "values", "text"])
 def test_headers(tmp_path, way):
     text = json.dumps(HEADER).encode()
@@ -299,6 +300,7 @@ DOCUMENTS: dict[str, tuple[str, object, int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["bytes", "values"])
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_documents(tmp_path, name, way):
@@ -317,6 +319,7 @@ def test_documents(tmp_path, name, way):
     assert accepted
 
 
+@pytest.mark.slow
 def test_statistics_by_themselves(tmp_path):
     """Faster than with a plan; what is read is finite and above 0."""
     document = DOCUMENTS["stats"][1]

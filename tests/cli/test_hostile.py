@@ -206,6 +206,7 @@ HUGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", HUGE.values(), ids=HUGE)
 @pytest.mark.parametrize("place", ["header", "index"])
 def test_huge_texts_take_little_memory(tmp_path, text, place):
@@ -219,6 +220,7 @@ def test_huge_texts_take_little_memory(tmp_path, text, place):
     assert len(done.stderr) < LINE_LENGTH
 
 
+@pytest.mark.slow
 def test_many_tensors_take_little_memory(tmp_path):
     make(tmp_path)
     count = 50_000

@@ -32,12 +32,14 @@ def test_every_format_but_bf16_has_a_kernel():
     assert {row.module for row in FORMATS} - {"bf16"} == set(gpu.FORMATS)
 
 
-@pytest.mark.parametrize("name", CODECS)
-def test_same_bytes_in_the_interpreter(name):
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [CODECS[::2], CODECS[1::2]], ids=" ".join)
+def test_same_bytes_in_the_interpreter(names):
     """In a process of its own: Triton decides on import whether it interprets."""
-    command = [sys.executable, "-m", "kit.triton_cases", name]
+    command = [sys.executable, "-m", "kit.triton_cases", *names]
     done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == names
 
 
 class Target:
@@ -106,6 +108,7 @@ def hold_to_ieee(asm, divides):
     return written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("name", CODECS)
 def test_ptx_keeps_to_ieee(compiled, name, capability):

@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests python -m kit.add_headers MODEL_TYPE [CONFIG.json]
 
-The model is as tiny as those in tests/layouts/test_roles.py; only its config and headers are kept.
-A model with parts needs a config of its own, with 24 for the width of an expert, 8 experts and a
+The model is as tiny as those of kit/expert_models.py; only its config and headers are kept. A
+model with parts needs a config of its own, with 24 for the width of an expert, 8 experts and a
 hidden size of 64.
 """
 
@@ -14,8 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from layouts.test_roles import build
-
+from kit.expert_models import build
 from kit.files import FIXTURES, read_tensors
 
 

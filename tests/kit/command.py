@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
+
+from moe_ckpt.cli.commands import cli
+from moe_ckpt.cli.process import run
 
 
 def run_cli(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
@@ -20,6 +26,14 @@ def run_cli(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
         check=False,
         timeout=300,
     )
+
+
+def run_here(*args: object) -> subprocess.CompletedProcess[str]:
+    """The same from its entry in this process, where a process of its own is not the point."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = run(partial(cli, [str(arg) for arg in args], prog_name="moe-ckpt"))
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
 def wait_for_a_shard(process: subprocess.Popen, out: Path) -> None:

@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 
 import torch
+from kit.with_scales import encode
 from safetensors.torch import load_file, save_file
 
-from kit.with_scales import encode
 from moe_ckpt.formats import find_format
 
 CODECS = {

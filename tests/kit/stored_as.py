@@ -6,7 +6,6 @@ Written apart from the package, in plain torch from the definitions.
 from __future__ import annotations
 
 import torch
-
 from kit.expert_layouts import config_of, matrices_of, write
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

@@ -8,9 +8,9 @@ import struct
 from dataclasses import replace
 from pathlib import Path
 
+from kit.files import Tensor, read_json
 from safetensors import deserialize
 
-from kit.files import Tensor, read_json
 from moe_ckpt.plan import OutTensor
 from moe_ckpt.texts import header_of
 

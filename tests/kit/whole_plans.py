@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import moe_ckpt
 from kit.files import FIXTURES
+
+import moe_ckpt
 from moe_ckpt.errors import InputError
 from moe_ckpt.formats import FORMATS
 

@@ -7,36 +7,19 @@ x @ gate.T, the activation and @ down.T must give what the model's own module gi
 
 from __future__ import annotations
 
-import json
-import zlib
-
 import pytest
 import torch
-from kit.files import FIXTURES, read_tensors
+from kit.files import read_tensors
 
 import moe_ckpt
 from moe_ckpt.layouts.table import FAMILIES
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+from kit.expert_models import E, H, build
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-E, H = 8, 64
-HEADERS = json.loads((FIXTURES / "layout-headers.json").read_text())
-# For model types whose config is not among the headers: every family's word for each size.
-CONFIG = {
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), E),
-    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "expert_ffn_hidden_size"), 24),
-    "hidden_size": H,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 128,
-    "num_experts_per_tok": 2,
-    "pad_token_id": None,
-    "first_k_dense_replace": 0,
-    "enable_moe_block": True,
-}
 # In the table for releases that transformers loads with code of theirs, or under another type.
 NOT_BUILT = {"ernie4_5_moe_vl", "kimi_k2", "mimo_v2", "minimax_m3", "qwen3_vl_moe_text", "step3p5"}
 BUILT = [
@@ -55,47 +38,6 @@ REFUSED = {
     ("longcat_flash", "A"),
 }
 BOTH_ORIENTATIONS = {"qwen3_vl_moe"}
-
-
-def build(model_type, intermediate, saved=None):
-    """A model in float32 whose experts hold multiples of 2**-12 that E4M3 can hold."""
-    torch.manual_seed(zlib.crc32(model_type.encode()))
-    saved = saved or HEADERS.get(model_type, {"A": {"config": CONFIG}})["A"]["config"]
-    config = sized(json.loads(json.dumps(saved)), intermediate)
-    config = transformers.AutoConfig.for_model(config.pop("model_type", model_type), **config)
-    names = saved.get("architectures")
-    if names:
-        model = getattr(transformers, names[0])._from_config(config, dtype=torch.float32)
-    else:
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 3 and ("expert" in name or "put_linear" in name):
-                fill(parameter)
-            elif name.endswith(("mlp.w1", "mlp.v1", "mlp.w2")):
-                fill(parameter.view(E, -1, H))
-            elif name.endswith("proj_bias"):
-                parameter.copy_(torch.randn(parameter.shape).bfloat16())
-    return model.eval()
-
-
-def sized(config, intermediate):
-    """The config with another expert width: 24 in all of the headers."""
-    for key, value in list(config.items()):
-        if key in ("dtype", "transformers_version", "time_step_limit"):
-            del config[key]
-        elif isinstance(value, dict):
-            sized(value, intermediate)
-        elif "size" in key and value in (24, [24, 16]):
-            config[key] = intermediate if value == 24 else [intermediate, 16]
-    return config
-
-
-def fill(tensor):
-    codes = torch.randint(0, 256, tensor.shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    values = codes.float().nan_to_num(0.0)
-    values.flatten(1)[:, 7] = 448.0
-    tensor.copy_(values * 2.0**-12)
 
 
 def save_and_convert(model, folder, mode, layout=None):
@@ -188,7 +130,14 @@ def run_ours(module, experts, tensors, x):
     return torch.stack(results)
 
 
-@pytest.mark.parametrize("intermediate", [24, 32, 64])  # neither, gate_up or down is square
+@pytest.mark.parametrize(
+    "intermediate",
+    [  # neither, gate_up or down is square
+        24,
+        pytest.param(32, marks=pytest.mark.slow),
+        pytest.param(64, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("model_type", BUILT)
 def test_our_matrices_compute_what_the_module_computes(tmp_path, model_type, intermediate):
     model = build(model_type, intermediate)

@@ -44,14 +44,11 @@ BF16_SCALE = 2.0**-7
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quiet_and_quick():
+def quiet():
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these matrices are too small for more
     yield
-    torch.set_num_threads(threads)
     transformers.logging.set_verbosity(verbosity)
     transformers.logging.enable_progress_bar()
 

@@ -69,10 +69,10 @@ def interrupted(source, out, after=2, **options):
 @pytest.mark.parametrize(
     ("mode", "argument", "least"),
     [
-        ("steps", "kill", 80),
-        ("steps", "enospc", 80),
-        ("steps", "eio", 80),
-        ("random", "50", 50),
+        pytest.param("steps", "kill", 80, marks=pytest.mark.slow),
+        pytest.param("steps", "enospc", 80, marks=pytest.mark.slow),
+        pytest.param("steps", "eio", 80, marks=pytest.mark.slow),
+        pytest.param("random", "50", 50, marks=pytest.mark.slow),
         ("two", "10", 10),
         ("order", "", 10),
     ],
@@ -274,7 +274,7 @@ def test_another_version_is_refused(source, tmp_path, monkeypatch):
     out = tmp_path / "out"
     interrupted(source, out)
     began = moe_ckpt.__version__
-    monkeypatch.setattr(moe_ckpt, "__version__", "99.0")
+    monkeypatch.setattr("moe_ckpt.planning.provenance.__version__", "99.0")
     with pytest.raises(OutputRefusedError, match=f"moe-ckpt {began} began it, this is 99.0"):
         moe_ckpt.convert(source, out, **SHARDS)
 
@@ -528,6 +528,7 @@ def test_a_file_size_limit_is_known_before(tmp_path):
 # Two at once.
 
 
+@pytest.mark.slow
 def test_a_second_conversion_is_told_who_is_first(slow_model, tmp_path):
     out = tmp_path / "out"
     args = [COMMAND, "convert", slow_model, out, "--max-shard-size", "40MB", "-q"]
@@ -547,6 +548,7 @@ def test_a_second_conversion_is_told_who_is_first(slow_model, tmp_path):
     assert [path.name for path in (out / ".moe-ckpt").iterdir()] == ["journal.jsonl"]
 
 
+@pytest.mark.slow
 def test_the_lock_of_the_dead_is_free(slow_model, tmp_path):
     out = tmp_path / "out"
     args = [COMMAND, "convert", slow_model, out, "--max-shard-size", "40MB", "-q"]
@@ -576,7 +578,8 @@ from moe_ckpt.__main__ import main
 main()
 """
     args = [sys.executable, "-c", script]
-    done = subprocess.run(args, capture_output=True, text=True, check=False)
+    start = partial(signal.signal, number, signal.SIG_DFL)  # under nohup it would be ignored
+    done = subprocess.run(args, capture_output=True, text=True, check=False, preexec_fn=start)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
 
 

@@ -24,6 +24,7 @@ def bench(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_compare_has_a_row_for_each_tool_format_form_and_size(tmp_path):
     sizes = ("--rounds", 1, "--size", "1MB", "--big", "2MB")
     formats = ("nvfp4",)
@@ -54,6 +55,7 @@ def test_compare_has_a_row_for_each_tool_format_form_and_size(tmp_path):
         assert word in done.stdout
 
 
+@pytest.mark.slow
 def test_a_tool_that_fails_is_a_row_and_moe_ckpt_that_fails_is_the_end(tmp_path):
     script = tmp_path / "slime.py"
     script.write_text("raise SystemExit('no such day')")
@@ -121,6 +123,7 @@ def test_a_plan_of_many_tensors(tmp_path):
     assert [found["form"] for found in runs] == ["fused", "split"]
 
 
+@pytest.mark.slow
 def test_stages_account_for_the_time(tmp_path):
     target = tmp_path / "out.json"
     done = bench("stages", tmp_path / "work", "--size", "2MB", "--json", target)
@@ -133,6 +136,7 @@ def test_stages_account_for_the_time(tmp_path):
     assert not any((tmp_path / "work").iterdir())
 
 
+@pytest.mark.slow
 def test_limits_of_files_and_starts(tmp_path):
     args = ("--size", "16MB", "--rounds", 1, "--threads", 2, "--json", tmp_path / "out.json")
     done = bench("limits", tmp_path, *args)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kit.command import run_cli
+from kit.command import run_here
 from kit.expert_layouts import (
     CODECS,
     check,
@@ -19,24 +19,15 @@ from kit.expert_layouts import (
     write,
 )
 from kit.files import FIXTURES, read_files
+from kit.stored_forms import CUT, FORMS, LAYERS, E, make
 from kit.with_scales import encode
 
 import moe_ckpt
 from moe_ckpt.conversion import execute
 from moe_ckpt.engines import backend_for
 from moe_ckpt.formats import find_format, nvfp4
-from moe_ckpt.layouts.family import CONCAT, Form
-from moe_ckpt.layouts.table import FAMILIES
-from moe_ckpt.work.batches import Budget
+from moe_ckpt.layouts.family import Form
 
-E, LAYERS = 3, 2
-# Forms of quantized tensors have names of their own; tests/test_sources.py has those.
-FORMS = [
-    (family, form)
-    for family in FAMILIES
-    for form in family.forms
-    if not form.leaves[0].endswith("_blocks")
-]
 SIZES = [(32, 48), (32, 64), (48, 48), (16, 128)]  # neither square; gate_up; down; long
 
 
@@ -44,34 +35,6 @@ def ids(value):
     if isinstance(value, Form):
         return f"{value.layout}-{value.leaves[0]}"
     return getattr(value, "name", None)
-
-
-def make(folder, family, form, i, h, *, dtype=torch.bfloat16, shards=2, count=E):
-    """A checkpoint of this form; the matrices and biases that must come out, by module."""
-    tensors, matrices, biases = {}, {}, {}
-    stack = "blocks" if family.name == "dbrx" else "layers"
-    for layer in range(LAYERS):
-        prefix = f"model.{stack}.{layer}"
-        experts = matrices_of(count, i, h, dtype, seed=5 * layer)
-        if not family.is_gated:
-            experts = [(None, up, down) for _, up, down in experts]
-        stored = pack(form.layout, form.order, experts)
-        names = [f"{prefix}.{form.path}.{leaf}" for leaf in (*form.leaves, *form.biases)]
-        if form.biases:
-            values = torch.arange(count * 2 * i).view(count, 2 * i).to(dtype)
-            stored += [values, torch.arange(count * h).view(count, h).to(dtype) - 7]
-        tensors |= dict(zip(names, stored, strict=True))
-        for e, projections in enumerate(experts):
-            module = family.runtime_name(f"{prefix}.{family.split}.{e}")
-            present = [matrix for matrix in projections if matrix is not None]
-            matrices[module] = dict(zip(family.projections, present, strict=True))
-            if form.biases:
-                row = stored[-2][e]
-                halves = (row[0::2], row[1::2]) if form.order != CONCAT else row.chunk(2)
-                for name, bias in zip(family.projections, (*halves, stored[-1][e]), strict=True):
-                    biases[f"{module}.{name}.bias"] = bias
-    write(folder, tensors, config_of(family.model_types[0], count, i, h, LAYERS), shards)
-    return matrices, biases
 
 
 @pytest.mark.parametrize(("family", "form"), FORMS, ids=ids)
@@ -86,13 +49,6 @@ def test_every_matrix_has_its_own_weights(tmp_path, family, form, i, h):
     check(tmp_path / "out", expected_parts(matrices, "nvfp4") | biases)
 
 
-CUT = [
-    Budget(1, 1, 1),  # the least that can be read, twice
-    Budget(700, 64, 2),
-    Budget(4000, 500, 3),
-    Budget(6200, 1 << 10, 2),
-    Budget(20000, 1 << 12, 4),
-]
 KINDS = {(form.layout, form.order, bool(form.biases)): (family, form) for family, form in FORMS}
 
 
@@ -265,7 +221,7 @@ def test_a_weight_that_is_not_finite_is_named_where_it_is_stored(tmp_path, where
     (tmp_path / "in").rmdir()
     write(tmp_path / "in", tensors, {})
     config.write_bytes(text)
-    done = run_cli("convert", tmp_path / "in", tmp_path / "out", "--experts", as_)
+    done = run_here("convert", tmp_path / "in", tmp_path / "out", "--experts", as_)
     assert done.returncode == 3
     expert, row, column = where
     assert f"{name}[expert {expert}]: weight is nan at row {row}, column {column};" in done.stderr

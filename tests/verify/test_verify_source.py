@@ -11,9 +11,9 @@ import torch
 from kit import stored_as as S  # noqa: N812
 from kit.expert_layouts import config_of, matrices_of, pack, write
 from kit.files import FIXTURES, read_json
+from kit.stored_forms import CUT, FORMS, make
 from kit.whole_plans import CASES
 from safetensors.torch import load_file, save_file
-from source.test_stored_forms import CUT, FORMS, make
 
 import moe_ckpt
 from moe_ckpt.dialects import DIALECTS, dialect_for

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from kit.command import run_cli
+from kit.command import run_cli, run_here
 from kit.expert_layouts import load
 from kit.files import FIXTURES, read_files, read_json
 
@@ -19,16 +19,25 @@ SOURCE = FIXTURES / "qwen3_moe" / "source"
 STATS = FIXTURES / "qwen3_moe" / "stats.json"
 
 
-@pytest.fixture
-def model(tmp_path):
-    return shutil.copytree(SOURCE, tmp_path / "in")
-
-
-@pytest.fixture
-def amax(tmp_path, model):
-    done = run_cli("scan", model, "-o", tmp_path / "amax.json")
+@pytest.fixture(scope="module")
+def scanned(tmp_path_factory):
+    """A checkpoint and its file of weight amax, made once by the command as a user runs it."""
+    folder = tmp_path_factory.mktemp("scanned")
+    shutil.copytree(SOURCE, folder / "in")
+    done = run_cli("scan", folder / "in", "-o", folder / "amax.json")
     assert done.returncode == 0, done.stderr
-    return tmp_path / "amax.json"
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path, scanned):
+    """A copy, written when the original was: the file of weight amax belongs to it as well."""
+    return shutil.copytree(scanned / "in", tmp_path / "in")
+
+
+@pytest.fixture
+def amax(tmp_path, scanned):
+    return shutil.copy(scanned / "amax.json", tmp_path / "amax.json")
 
 
 def test_every_matrix_has_its_amax(model, amax):
@@ -47,8 +56,8 @@ def test_every_matrix_has_its_amax(model, amax):
 
 @pytest.mark.parametrize("form", ["source", "hub"])
 def test_both_forms_of_a_model_have_the_same_amax(tmp_path, form):
-    run_cli("scan", FIXTURES / "qwen3_moe" / form, "-o", tmp_path / "a.json")
-    run_cli("scan", SOURCE, "-o", tmp_path / "b.json")
+    run_here("scan", FIXTURES / "qwen3_moe" / form, "-o", tmp_path / "a.json")
+    run_here("scan", SOURCE, "-o", tmp_path / "b.json")
     assert read_json(tmp_path / "a.json")["modules"] == read_json(tmp_path / "b.json")["modules"]
 
 
@@ -111,17 +120,17 @@ def test_a_damaged_file_is_refused(model, amax, change, words):
 
 
 def test_where_the_file_may_not_be_written(tmp_path, model, amax):
-    done = run_cli("scan", model, "-o", amax)
+    done = run_here("scan", model, "-o", amax)
     assert (done.returncode, "--overwrite" in done.stderr) == (4, True)
-    assert run_cli("scan", model, "-o", amax, "--overwrite").returncode == 0
-    done = run_cli("scan", model, "-o", model / "amax.json")
+    assert run_here("scan", model, "-o", amax, "--overwrite").returncode == 0
+    done = run_here("scan", model, "-o", model / "amax.json")
     assert (done.returncode, "lies in the input" in done.stderr) == (4, True)
-    done = run_cli("scan", model, "-o", tmp_path / "nowhere" / "amax.json")
+    done = run_here("scan", model, "-o", tmp_path / "nowhere" / "amax.json")
     assert done.returncode == 4, done.stderr
-    done = run_cli("scan", model, "-o", tmp_path / ("x" * 300))
+    done = run_here("scan", model, "-o", tmp_path / ("x" * 300))
     assert (done.returncode, "File name too long" in done.stderr) == (5, True)
     os.mkfifo(tmp_path / "pipe")  # as /dev/null is: it must not become a file
-    done = run_cli("scan", model, "-o", tmp_path / "pipe", "--overwrite")
+    done = run_here("scan", model, "-o", tmp_path / "pipe", "--overwrite")
     assert (done.returncode, "is not a regular file" in done.stderr) == (4, True)
     assert (tmp_path / "pipe").is_fifo()
     assert not (model / "amax.json").exists()
@@ -130,7 +139,7 @@ def test_where_the_file_may_not_be_written(tmp_path, model, amax):
 def test_a_quantized_source_has_the_amax_of_what_it_stands_for(tmp_path):
     moe_ckpt.convert(SOURCE, tmp_path / "fp8", format="fp8-channel", quantize="linear")
     moe_ckpt.convert(tmp_path / "fp8", tmp_path / "bf16", format="bf16")
-    run_cli("scan", tmp_path / "fp8", "-o", tmp_path / "amax.json")
+    run_here("scan", tmp_path / "fp8", "-o", tmp_path / "amax.json")
     decoded = load(tmp_path / "bf16")
     for name, value in read_json(tmp_path / "amax.json")["modules"].items():
         if not name.endswith(("gate_proj", "up_proj")):  # those two share theirs

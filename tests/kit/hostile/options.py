@@ -21,6 +21,7 @@ from kit.hostile import (
     write_stats,
 )
 from kit.hostile.texts import BIG, JSON_TEXTS
+
 from moe_ckpt.planning.amax_file import amax_text, source_digest
 from moe_ckpt.source.checkpoint import open_source
 
