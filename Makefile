@@ -37,7 +37,6 @@ coverage: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -m "not slow" --cov --cov-report=term-missing:skip-covered
 
 docs: $(VENV)/.installed
-	$(BIN)/python docs/generate.py
 	$(BIN)/mkdocs build --quiet --strict
 
 lint: $(VENV)/.installed

@@ -28,9 +28,9 @@ DIALECTS: tuple[Dialect, ...] = (
     plain.DIALECT,
 )
 
-# The dialect of a format that most runtimes read, and transformers among them where it can, if it
-# is not the first of the list that writes it. For
-# mxfp8 that is ModelOpt's: vLLM and TensorRT-LLM read it; compressed-tensors' is vLLM's alone.
+# The dialect of a format that most runtimes read, and transformers among them where it can; the
+# others have the first of the list that writes them. For mxfp8 that is ModelOpt's: vLLM and
+# TensorRT-LLM read it; compressed-tensors' is vLLM's alone.
 _DEFAULTS = {
     **dict.fromkeys(("nvfp4", "nvfp4-w4a16", "fp8-tensor", "mxfp8"), modelopt.DIALECT),
     "fp8-block": fp8.DIALECT,

@@ -3,7 +3,7 @@
 Each weight is read once and each result written once, in one launch for a batch of matrices.
 The kernels are in `triton_kernels`, their arithmetic in `triton_rounding`. They take weights of
 any strides, and are made for those whose columns or whose rows are contiguous. Importing this
-needs Triton; launching, a C compiler, with which Triton builds its launcher.
+needs Triton 3.6 or later; launching, a C compiler, with which Triton builds its launcher.
 """
 
 from __future__ import annotations
@@ -11,10 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import triton
 
 from . import triton_kernels
 
 __all__ = ["FORMATS", "quantize", "row_amax"]
+
+# `tl.div_rn` of earlier ones is div.rn.ftz in PTX: a subnormal quotient becomes zero.
+_FIRST_EXACT = (3, 6)
+if tuple(map(int, triton.__version__.split(".")[:2])) < _FIRST_EXACT:
+    raise ImportError(
+        f"it is {triton.__version__}, which divides inexactly; install Triton 3.6 or later"
+    )
 
 _PAIRED = ("nvfp4", "mxfp4", "int4")
 FORMATS = (*_PAIRED, "mxfp8", "fp8_block", "fp8_channel", "fp8_tensor", "int8_channel")

@@ -399,6 +399,14 @@ def test_a_group_of_compressed_tensors_is_read_as_it_is_written(scheme):
     assert METHODS[CT].may_be(name, said)
 
 
+@pytest.mark.parametrize(
+    ("called", "size"), [("NVFP4", 16), ("FP8_PB_WO", 128), ("MXFP8", 32), ("MXFP4", 32)]
+)
+def test_the_group_size_beside_an_algorithm_is_no_finding(called, size):
+    said = {"quant_method": "modelopt", "quant_algo": called, "ignore": [], "group_size": size}
+    assert not read_config("modelopt", said).problems
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm.names[0])
 def test_an_algorithm_of_modelopt_is_read_by_its_names(algorithm):
     """With the group size that ModelOpt says beside it, and with no other."""

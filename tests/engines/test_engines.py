@@ -360,6 +360,18 @@ def test_without_a_gpu_for_triton_torch_does_it_and_says_why():
     assert "\n" not in why
 
 
+def test_a_triton_that_flushes_quotients_is_not_used(monkeypatch):
+    triton = pytest.importorskip("triton")
+    kernels = importlib.import_module("moe_ckpt.kernels")
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    monkeypatch.delitem(sys.modules, "moe_ckpt.kernels.gpu", raising=False)
+    monkeypatch.delattr(kernels, "gpu", raising=False)
+    found, why = with_torch.kernels_for(torch.device("cpu"))
+    assert found is None
+    assert "it is 3.5.1" in why
+    assert "3.6" in why
+
+
 @pytest.mark.parametrize("name", ["nvfp4", "fp8-channel", "int4-g32"])
 def test_formats_without_a_kernel_are_left_to_torch(monkeypatch, name):
     row = find_format(name)

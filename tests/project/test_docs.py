@@ -168,11 +168,8 @@ class Session:
         return code, out.getvalue(), printed.getvalue()
 
     def run_python(self, block: Block) -> None:
-        text = block.text
-        if not hasattr(Plan, "runtimes") and "runtimes" not in Plan.__slots__:
-            text = text.replace("plan.runtimes", "plan.loaders")  # the name it had before
         test = doctest.DocTestParser().get_doctest(
-            text, self.names, self.page.name, str(self.page), block.line
+            block.text, self.names, self.page.name, str(self.page), block.line
         )
         assert test.examples, f"{self.page.name}:{block.line}: no >>> in a python block"
         runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False)
@@ -279,8 +276,7 @@ def test_names_of_the_python_interface_exist():
     text = (ROOT / "docs" / "python.md").read_text()
     for kind in (Plan, Result):
         row = re.search(rf"(?m)^\| `{kind.__name__}` \|(.*)$", text)[1]
-        known = {*dir(kind), "runtimes"}
-        assert set(re.findall(r"`(\w+)`", row)) <= known
+        assert set(re.findall(r"`(\w+)`", row)) <= set(dir(kind))
     for kind in (Options, Limits):
         assert all(f"`{field.name}`" in text for field in fields(kind))
 
