@@ -8,9 +8,13 @@ from typing import Any
 
 import click
 
+from ..limits import Limits
 from ..planning.options import Options, flag_of
 
 __all__ = ["in_argument", "json_option", "limit_options", "named", "plan_options"]
+
+
+_LIMITS = Limits()
 
 
 def named(_context: click.Context, _parameter: click.Parameter, value: Any) -> Any:
@@ -56,14 +60,14 @@ def limit_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--device-memory",
             metavar="SIZE",
-            default="2GiB",
+            default=_LIMITS.device_memory,
             show_default=True,
             help="All buffers on the GPU together.",
         ),
         click.option(
             "--memory",
             metavar="SIZE",
-            default="256MiB",
+            default=_LIMITS.memory,
             show_default=True,
             help="All buffers together; the program and about 1 KiB per tensor come on top.",
         ),

@@ -20,7 +20,7 @@ from .modelopt import write as modelopt
 __all__ = ["DIALECTS", "Assignment", "Dialect", "QuantizedExperts", "Spelling"]
 __all__ += ["dialect_for", "dialect_that_writes", "find_dialect", "runtimes_of_spelling"]
 
-# In the order in which they are tried for several formats.
+# In the order in which they are tried.
 DIALECTS: tuple[Dialect, ...] = (
     modelopt.DIALECT,
     compressed_tensors.DIALECT,
@@ -28,14 +28,8 @@ DIALECTS: tuple[Dialect, ...] = (
     plain.DIALECT,
 )
 
-# The dialect of a format that most runtimes read, and transformers among them where it can; the
-# others have the first of the list that writes them. For mxfp8 that is ModelOpt's: vLLM and
-# TensorRT-LLM read it; compressed-tensors' is vLLM's alone.
-_DEFAULTS = {
-    **dict.fromkeys(("nvfp4", "nvfp4-w4a16", "fp8-tensor", "mxfp8"), modelopt.DIALECT),
-    "fp8-block": fp8.DIALECT,
-    UNQUANTIZED: plain.DIALECT,
-}
+# A format has the first dialect that writes it, unless more runtimes read another.
+_DEFAULTS = {"fp8-block": fp8.DIALECT}
 
 
 def find_dialect(name: str) -> Dialect:
@@ -49,8 +43,8 @@ def find_dialect(name: str) -> Dialect:
 
 def dialect_that_writes(method: str) -> Dialect | None:
     """The dialect of a ``quant_method``, which has its name; None if nothing here writes it."""
-    known = (dialect for dialect in DIALECTS if dialect is not plain.DIALECT)
-    return next((dialect for dialect in known if dialect.name == method), None)
+    found = (d for d in DIALECTS if d.name == method and d is not plain.DIALECT)
+    return next(found, None)
 
 
 def dialect_for(formats: Sequence[str], wanted: str | None = None) -> Dialect:

@@ -67,20 +67,20 @@ class NumbaEngine:
         skip: int,
     ) -> None:
         """Put the weights that parts stand for, but ``skip`` rows, into ``out``."""
-        kernel = dequantize.KERNELS.get(find_format(encoded.format).module)
+        row = find_format(encoded.format)
+        kernel = dequantize.KERNELS.get(row.module)
         if kernel is None:
             engine = _torch()
             engine.decode(encoded, parts, engine.weights(out), skip)
             return
         code = next(part for part in encoded.parts if part.role == "qweight")
-        scales = (p for p in encoded.parts if p.role.endswith("_scale"))
-        scaled = next(p for p in scales if p.role != "input_scale")
+        assert row.scale is not None
         codes = parts["qweight"]
         if code.dtype == "I32":
             codes = codes.view(np.uint8)
         B, N, K = codes.shape
         values = self.empty("values", (B, N, 2 * K if code.columns > 1 else K))
-        kernel(codes, _scales(encoded, parts), scaled, values)
+        kernel(codes, _scales(encoded, parts), row.scale, values)
         np.copyto(out, values[:, skip:])
 
     def numbers(self, weights: NDArray[Any]) -> NDArray[np.float32]:

@@ -21,6 +21,7 @@ _NVFP4_PARTS = (
     Part("block_scale", "F8_E4M3", 16),
     Part("global_scale", "F32", 0),
 )
+_NVFP4_LARGEST = _E2M1.largest * _E4M3.largest
 _INPUT_SCALE = Part("input_scale", "F32", 0)
 _LIMIT = 2.0**127
 
@@ -55,7 +56,7 @@ FORMATS: tuple[QuantFormat, ...] = (
         input_scale=True,
         constant_input_scale=True,
         shares_dense_amax=True,
-        largest=6.0 * e4m3.MAX,
+        largest=_NVFP4_LARGEST,
     ),
     QuantFormat(
         name="nvfp4-w4a16",
@@ -69,7 +70,7 @@ FORMATS: tuple[QuantFormat, ...] = (
         same_weights_as="nvfp4",
         exact_from=(("mxfp4", "nvfp4_from_mxfp4"),),
         shares_dense_amax=True,
-        largest=6.0 * e4m3.MAX,
+        largest=_NVFP4_LARGEST,
     ),
     QuantFormat(
         name="mxfp4",

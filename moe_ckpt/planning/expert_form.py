@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .. import dialects
-from ..dialects import Dialect
+from ..dialects import Dialect, runtimes_of_spelling
 from ..errors import LayoutError, show, show_some
 from ..formats import UNQUANTIZED
 from ..layouts import Detection
@@ -79,7 +78,7 @@ def runtimes_of_output(
     if form == "fused":
         known = set.intersection(*(set(family.fused_runtimes.get(f, ())) for f in of_experts))
     linears = [name for name in formats if name not in of_experts]
-    spelled = dialects.runtimes_of_spelling(dialect, of_experts, linears)
+    spelled = runtimes_of_spelling(dialect, of_experts, linears)
     return tuple(name for name in spelled if name in known)
 
 

@@ -52,6 +52,7 @@ def _flag(
     is_file: bool = False,
     record: Record | None = None,
 ) -> dict[str, Flag]:
+    metavar = metavar or "|".join(word for word in choices if word is not None)
     return {"flag": Flag("", metavar, help, tuple(choices), is_file, record)}
 
 
@@ -128,7 +129,7 @@ class Options:
     kv_cache: str = field(
         default="none",
         metadata=_flag(
-            "none|fp8",
+            "",
             "fp8: write scales for an FP8 KV cache, from output_amax in the statistics.",
             choices=("none", "fp8"),
             record=lambda asked: asked.kv_cache,
@@ -152,7 +153,7 @@ class Options:
     experts: str = field(
         default="auto",
         metadata=_flag(
-            "|".join(EXPERTS),
+            "",
             "split: a matrix for each; fused: as ModelOpt fuses Llama 4 and gpt-oss; "
             "auto: what most runtimes read.",
             choices=EXPERTS,
@@ -171,7 +172,7 @@ class Options:
     gate_up_order: str | None = field(
         default=None,
         metadata=_flag(
-            "|".join(ORDERS),
+            "",
             "How gate and up lie in one tensor of IN, where that is open.",
             choices=(None, *ORDERS),
             record=lambda asked: asked.gate_up_order or "",
@@ -188,7 +189,7 @@ class Options:
     missing_stats: str = field(
         default="error",
         metadata=_flag(
-            "error|constant",
+            "",
             "constant: input scale 1.0 where statistics are missing.",
             choices=("error", "constant"),
             record=lambda asked: asked.missing_stats,
@@ -212,7 +213,7 @@ class Options:
     @property
     def stats_files(self) -> tuple[str, ...]:
         """The files of statistics."""
-        return self.files["--stats"]
+        return tuple(os.fspath(file) for file in self.stats)
 
     @property
     def decisions(self) -> dict[str, str]:

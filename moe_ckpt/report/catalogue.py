@@ -65,7 +65,7 @@ def formats_lines() -> Iterator[str]:
 
 
 def _format_row(row: QuantFormat) -> dict[str, Any]:
-    default = dialect_for([row.name], None)
+    default = dialect_for([row.name])
     statistics = "not used"
     if row.input_scale:
         statistics = "optional" if row.constant_input_scale else "needed"

@@ -1,4 +1,4 @@
-"""Check a quantized checkpoint: what no decoder says, and what would go wrong unseen.
+"""Check a quantized checkpoint: what no runtime says, and what would go wrong unseen.
 
 Four parts: structure (files, headers, names, shapes), scales (their values), config (what runtimes
 will make of it), and source (whether it is what the source says). Each adds to `Findings`.

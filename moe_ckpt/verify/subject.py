@@ -9,11 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..dialects import dialect_that_writes
 from ..dialects.config import CONFIG, HF_QUANT_CONFIG
 from ..errors import CheckpointError, InputError, OutputRefusedError, show
 from ..layouts import Detection, detect
@@ -70,11 +68,10 @@ class Subject:
         """Whether a conversion of ours wrote it."""
         return self.journal is not None
 
-    @cached_property
-    def dialect(self) -> str | None:
-        """The name of the dialect that config.json speaks; None if it is none of ours."""
-        dialect = dialect_that_writes(self.said[0].method) if self.said else None
-        return dialect.name if dialect else None
+    @property
+    def method(self) -> str:
+        """The ``quant_method``; '' if nothing is said of quantization."""
+        return self.said[0].method if self.said else ""
 
 
 def open_subject(

@@ -104,7 +104,7 @@ def check_kv_cache(subject: Subject, findings: Findings) -> None:
             "config",
             show(scales[0]),
             f"is one of {len(scales)} scales of a KV cache that no file says is quantized",
-            "runtimes keep the cache in 16 bits, and runtimes that know no such name stop",
+            "runtimes keep the cache in 16 bits, and those that know no such name stop",
         )
     for name in scales:
         other = re.sub(r"(k_proj\.k|v_proj\.v|k|v)_scale$", _other_scale, name)

@@ -10,7 +10,7 @@ from ...dialects.matching import Built, UndecidedError, built_modules
 from ...dialects.methods import METHODS
 from ...dialects.read import Reading, read_config
 from ...errors import show, show_some
-from ...formats import FORMATS, UNQUANTIZED
+from ...formats import UNQUANTIZED, find_format
 from ...layouts.roles import reason_to_keep
 from ...layouts.sizes import model_type_of
 from ...runtimes import SGLANG, TRANSFORMERS, TRTLLM, VLLM
@@ -63,7 +63,7 @@ def _after_scales(runtime: Runtime, subject: Subject, findings: Findings) -> Run
     formats = {of.format for of in subject.weights.all_encoded()}
     is_refused = (
         runtime.name == SGLANG
-        and subject.dialect == COMPRESSED_TENSORS
+        and subject.method == COMPRESSED_TENSORS
         and "nvfp4-w4a16" in formats
         and any(finding.effect == GATE_UP for finding in findings.found)
     )
@@ -198,7 +198,7 @@ def _check_modules(
 ) -> set[str]:
     """Report modules that a runtime builds otherwise than they are; returns these runtimes."""
     misled: set[str] = set()
-    method = subject.said[0].method
+    method = subject.method
     model_type = model_type_of(subject.config)
     for module in modules:
         wrong: dict[str, list[str]] = {}
@@ -233,7 +233,7 @@ def _and(names: Sequence[str]) -> str:
 
 def _is_told(module: Built, found: str) -> bool:
     """Whether activation scales are all that is missing, which `_check_inputs` tells of."""
-    return any(row.name == module.format and row.same_weights_as == found for row in FORMATS)
+    return module.format is not None and find_format(module.format).same_weights_as == found
 
 
 def _is_plain_anyway(

@@ -5,7 +5,7 @@ Whether this one is sound is not asked here.
 
 from __future__ import annotations
 
-from ... import dialects
+from ...dialects import dialect_that_writes, runtimes_of_spelling
 from ...dialects.methods import METHODS
 from ...errors import show
 from ...formats import UNQUANTIZED
@@ -21,7 +21,7 @@ __all__ = ["runtimes_of"]
 
 def runtimes_of(subject: Subject, inventory: Inventory) -> list[Runtime]:
     """Every runtime, and why it does not load the checkpoint, if it does not."""
-    method = subject.said[0].method if subject.said else ""
+    method = subject.method
     experts = {
         module.format: None for found in inventory.experts.values() for module in found.matrices
     }
@@ -48,10 +48,10 @@ def _of_formats(
         if name != UNQUANTIZED and not (spelling and runtime in spelling.runtimes):
             reason = spelling.why_not.get(runtime) if spelling else None
             return reason or f"it reads no experts in {name} of quant_method {method}"
-    dialect = dialects.dialect_that_writes(method)
+    dialect = dialect_that_writes(method)
     if dialect is None or not experts or not all(f in dialect.spellings for f in experts + linears):
         return ""
-    if runtime in dialects.runtimes_of_spelling(dialect, experts, linears):
+    if runtime in runtimes_of_spelling(dialect, experts, linears):
         return ""
     return "it takes all experts to be of one format, and these are not"
 

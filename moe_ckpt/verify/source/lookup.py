@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from functools import cached_property
 
+from ...dtypes import FLOATS
 from ...errors import Problems
-from ...formats import UNQUANTIZED, Part, without_input_scale
+from ...formats import Part, without_input_scale
 from ...layouts import SPLIT
 from ...layouts.places import expert_modules, place_of_experts, place_of_linears
 from ...source.headers import TensorInfo
-from ...source.stored import Encoded, Place, Read, Slab
+from ...source.stored import Encoded, Place, Read, Slab, plain
 from ..stacks import STACK_FORMS
 from ..subject import Subject
 from .matrices import Matrix
@@ -111,7 +112,9 @@ class Lookup:
         codes = self._tensors.get(name)
         if codes is None or len(codes.shape) != 3:
             return None
-        for form in STACK_FORMS if codes.dtype in ("U8", "F8_E4M3") else ():
+        for form in STACK_FORMS:
+            if codes.dtype != form.dtype:
+                continue
             found = [(Part("qweight", codes.dtype, form.columns), codes)]
             for role, ending, dtype, columns in form.scales:
                 info = self._tensors.get(name + ending)
@@ -121,12 +124,12 @@ class Lookup:
             # Without an input scale it can be compared all the same.
             missing = len(form.scales) + 1 - len(found)
             has_input = found[-1][0].role == "input_scale"
-            if codes.dtype == form.dtype and missing <= (not has_input):
+            if missing <= (not has_input):
                 parts, infos = zip(*found[: len(form.scales)], strict=True)
                 found_format = form.format if has_input else without_input_scale(form.format)
                 return Encoded(found_format, parts), infos
-        if codes.dtype in ("BF16", "F16", "F32"):
-            return Encoded(UNQUANTIZED, (Part("qweight", codes.dtype, 1),)), (codes,)
+        if codes.dtype in FLOATS:
+            return plain(codes.dtype), (codes,)
         return None
 
     def _of_stack(self, name: str, expert: int) -> Matrix:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
-from ...formats import without_input_scale
+from ...formats import find_format
 from ...layouts.roles import set_aside
 from ...layouts.sizes import sizes_of
 from ...source.encodings import input_name_of
@@ -81,7 +81,7 @@ def _unlike(split: Iterable[Mapping[str, Module]]) -> Iterator[tuple[str, str]]:
                     f"has shape {list(module.shape)}; the other experts have {list(shape)}",
                 )
             elif _form(module) != form:
-                gone = module.format == without_input_scale(form[0]) != form[0]
+                gone = find_format(module.format).same_weights_as == form[0]
                 scale = input_name_of(module.what)
                 if gone or (form[1] and not _form(module)[1]):
                     yield f"{module.name}.{scale}", "is missing; the other experts have one"
