@@ -113,7 +113,7 @@ class JournalWriter:
 
     def add(self, record: Record) -> None:
         """Put a line on disk; several threads may."""
-        with self._lock, self._path.open("ab") as file:
+        with self._lock, open(self._path, "ab", opener=_existing) as file:
             file.write(_line(_row(record)))
             file.flush()
             os.fsync(file.fileno())
@@ -130,6 +130,11 @@ class JournalWriter:
         write_new(partial, [_line(head), *(_line(_row(r)) for r in self.records.values())])
         publish(partial, self._path)
         sync_folder(self._path.parent.parent)
+
+
+def _existing(path: str, flags: int) -> int:
+    """Open a journal that is there: a new one would begin without its first line."""
+    return os.open(path, flags & ~os.O_CREAT)
 
 
 def _row(record: Record) -> dict[str, Any]:

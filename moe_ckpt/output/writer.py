@@ -20,11 +20,11 @@ from threading import Event
 import numpy as np
 from safetensors import safe_open
 
-from ..errors import MoeCkptError
+from ..errors import MoeCkptError, OutputRefusedError
 from ..plan import OutShard, Plan
 from ..texts import header_of
 from .durable import publish, sync_folder, write_new
-from .journal import JOURNAL, PRIVATE, Head, JournalWriter, Record
+from .journal import JOURNAL, PRIVATE, Head, JournalWriter, Record, read_journal
 from .lock import locked
 from .out_dir import check_room, remove_all, remove_folders, remove_partials
 from .resume import check_resumable, finished_files, output_names
@@ -151,10 +151,18 @@ class OutputFolder:
         """Remove what is not finished; the journal too if nothing is."""
         with suppress(OSError):
             remove_partials(self.root)
-        if not self.finished:
+        if not self.finished and not self._is_anothers():
             with suppress(OSError):
                 (self.root / JOURNAL).unlink(missing_ok=True)
             remove_folders(self.root, self._order)
+
+    def _is_anothers(self) -> bool:
+        """Whether another run, which no lock kept out, has finished files here."""
+        try:
+            journal = read_journal(self.root)
+        except OutputRefusedError:
+            return False
+        return journal is not None and any(os.path.lexists(self.root / n) for n in journal.records)
 
     def _write(self, name: str, pieces: Iterable[bytes]) -> None:
         """Write a file that is not a shard, complete or not at all."""

@@ -334,6 +334,36 @@ def stop_now(_nbytes, _shard):
     raise StopError
 
 
+def test_a_journal_that_is_gone_is_not_begun_in_its_middle(source, tmp_path):
+    """As when a run that no lock kept out has removed it."""
+    out = tmp_path / "out"
+
+    def remove(_nbytes, _shard):
+        (out / ".moe-ckpt" / "journal.jsonl").unlink(missing_ok=True)
+
+    with pytest.raises(EnvironmentFaultError, match="journal"):
+        moe_ckpt.convert(source, out, progress=remove, **SHARDS)
+    assert not out.exists()
+
+
+def test_what_another_run_finished_keeps_its_record(source, tmp_path, whole):
+    """As where a file system forgets locks: who fails first has finished nothing itself."""
+    out, first = tmp_path / "out", min(name for name in whole if name.endswith(".safetensors"))
+    record = whole[".moe-ckpt/journal.jsonl"].splitlines(keepends=True)[1]
+    assert json.loads(record)["file"] == first
+
+    def publish(_nbytes, _shard):
+        with (out / ".moe-ckpt" / "journal.jsonl").open("ab") as journal:
+            journal.write(record)
+        (out / first).write_bytes(whole[first])
+        raise StopError
+
+    with pytest.raises(StopError):
+        moe_ckpt.convert(source, out, progress=publish, **SHARDS)
+    assert moe_ckpt.convert(source, out, **SHARDS).resumed == 1
+    assert tree(out) == whole
+
+
 def test_a_bad_weight_late_costs_nothing_that_is_finished(source, tmp_path, whole):
     from safetensors.torch import load_file, save_file
 
