@@ -16,7 +16,8 @@ class Result:
     """A finished conversion.
 
     ``resumed``: how many shards an earlier run had made. ``was_complete``: whether it had left
-    nothing to do. ``inexact_blocks``: blocks of MXFP4 that NVFP4 could not hold exactly.
+    nothing to do. ``inexact_blocks``: blocks of MXFP4 that NVFP4 could not hold exactly,
+    or of NVFP4 that were rounded again under the global scale that they share.
     ``verified``: what `moe_ckpt.verify` looked at -> how many; empty if it was not asked.
     """
 

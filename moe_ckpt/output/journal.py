@@ -39,7 +39,7 @@ _REMEDY = "it cannot be told what here is moe-ckpt's: remove the folder or choos
 class Record(NamedTuple):
     """A finished file, with its name below the output folder.
 
-    ``inexact_blocks``: blocks of MXFP4 in it that NVFP4 could not hold exactly.
+    ``inexact_blocks``: blocks in it that were rounded again, of MXFP4 or NVFP4.
     """
 
     file: str

@@ -121,7 +121,7 @@ class OutputFolder:
 
     @property
     def inexact_blocks(self) -> int:
-        """Blocks of MXFP4 in all finished shards that NVFP4 could not hold exactly."""
+        """Blocks in all finished shards that were rounded again."""
         return sum(record.inexact_blocks for record in self.finished.values())
 
     def open_shard(self, shard: OutShard) -> ShardWriter:

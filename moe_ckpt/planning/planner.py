@@ -19,9 +19,11 @@ from ..dialects import Dialect, dialect_for
 from ..errors import LayoutError, Problems, RecipeError, UsageError, show, show_some
 from ..formats import UNQUANTIZED, find_format
 from ..layouts import Detection, Given, detect
+from ..layouts.roles import amax_groups
 from ..limits import parse_size
 from ..plan import OutShard, Plan
 from ..source.checkpoint import RECIPE_FILE, Source, open_source
+from ..source.stored import Encoded
 from ..source.weights import Weights, weights_of
 from .amax_file import read_amax
 from .assignment import Assigned, assign, formats_of_experts
@@ -214,13 +216,26 @@ class _Planner:
         for name, reason in choice.copies:
             if self._is_dropped(name):
                 continue
-            if name in assigned.stays:
-                target = find_format(assigned.stays[name])
-                units += ((name, unit) for unit in make.of_stay(name, target))
-            else:
+            if name not in assigned.stays:
                 new = scale_name(detection.output_name(name), self.dialect)
                 units.append((name, make.of_copy(tensors[name], new, reason)))
+        for names, name in self._stays(assigned):
+            stays = make.of_stays(names, find_format(name))
+            units += ((names[0], unit) for unit in stays)
         return units
+
+    def _stays(self, assigned: Assigned) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Weights that stay and their format, those together that may have to share a scale."""
+        alike: dict[tuple[str, Encoded], list[tuple[str, str, int]]] = {}
+        for name, chosen in assigned.stays.items():
+            if not self._is_dropped(name):
+                columns = self.weights.tensors[name].shape[-1]
+                kind = (chosen, self.weights.encoded(name))
+                alike.setdefault(kind, []).append((name, name.removesuffix(".weight"), columns))
+        for (chosen, _), found in alike.items():
+            tensor_of = {module: name for name, module, _ in found}
+            for group in amax_groups((module, columns) for _, module, columns in found):
+                yield tuple(tensor_of[module] for module in group), chosen
 
     def _is_dropped(self, name: str) -> bool:
         """Whether a tensor is a scale of the source's KV cache that the dialect cannot declare."""

@@ -71,17 +71,26 @@ class UnitMaker:
         (read,) = self._weights.reads(info.name)
         return CopyUnit(info.name, read, (OutTensor(name, info.dtype, info.shape),), reason)
 
-    def of_stay(self, name: str, target: QuantFormat) -> list[QuantUnit]:
-        """A weight that stays, in its form or decoded; its input scale is the source's."""
-        info = self._weights.tensors[name]
-        if len(info.shape) != 2 or not name.endswith(".weight"):
-            self._problems.add(
-                CheckpointError,
-                f"{show(name)} {list(info.shape)}: is {self._weights.what_is(name)}; outside the "
-                "routed experts only quantized matrices of linear layers can be read",
-            )
-            return []
-        return [QuantUnit((self._linear_job([info], None, target),))]
+    def of_stays(self, names: Sequence[str], target: QuantFormat) -> list[QuantUnit]:
+        """Weights that stay, in their form or decoded; their input scales are the source's.
+
+        They are stored alike, and read the same input: they share a scale where runtimes want it.
+        """
+        infos = [self._weights.tensors[name] for name in names]
+        for info in infos:
+            if len(info.shape) != 2 or not info.name.endswith(".weight"):
+                self._problems.add(
+                    CheckpointError,
+                    f"{show(info.name)} {list(info.shape)}: is {self._weights.what_is(info.name)}; "
+                    "outside the routed experts only quantized matrices of linear layers can be "
+                    "read",
+                )
+                return []
+        together = target.shares_dense_amax
+        return [
+            QuantUnit((self._linear_job(members, None, target),))
+            for members in ([infos] if together else [[info] for info in infos])
+        ]
 
     def of_linears(self, group: Sequence[str], target: QuantFormat) -> list[QuantUnit]:
         """One unit for linear layers that share an amax, or one for each if they do not."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import show
+from ..formats import find_format
 from ..limits import Limits
 from ..result import Result
 from ..words import count_of, counted
@@ -47,10 +48,22 @@ def result_lines(result: Result) -> Iterator[str]:
         f"warnings: {', '.join(kinds) or 'none'}"
     )
     if result.inexact_blocks:
-        yield (
-            f"{count_of(result.inexact_blocks, 'block')} of MXFP4 could not be held exactly by "
-            "NVFP4: their exponents are too far below the largest of their matrix"
-        )
+        yield _of_inexact(result)
     if result.verified:
         yield f"verified: {', '.join(counted(result.verified))}"
     yield f"written to {show(result.out_dir)}"
+
+
+def _of_inexact(result: Result) -> str:
+    """Why blocks of 4-bit floats did not stay what they were."""
+    sources = {find_format(job.place.encoded.format).weights for job in result.plan.jobs}
+    count = count_of(result.inexact_blocks, "block")
+    of_mxfp4 = (
+        f"{count} of MXFP4 could not be held exactly by NVFP4: their exponents are too far below "
+        "the largest of their matrix"
+    )
+    of_nvfp4 = (
+        f"{count} of NVFP4 were rounded a second time: their matrices had another global scale "
+        "than gate beside up, or q beside k and v, and runtimes use one for both"
+    )
+    return of_mxfp4 if "mxfp4" in sources else of_nvfp4

@@ -51,7 +51,7 @@ class Decoder:
         step = place.encoded.row_step
         rows = max(1, self._budget.chunk_items // (batch.count * K) // step) * step
         at = 0
-        for r, first, last in self._members(place, start, stop):
+        for r, first, last in self.members(place, start, stop):
             scalars = self._scalars_of(batch, r)
             # Items of a part may cover several rows: begin with a whole item, and drop the rest.
             for aligned in range(first // step * step, last, rows):
@@ -86,7 +86,7 @@ class Decoder:
                 found[part.role] = self._rows(batch, start, stop)
                 continue
             pieces = []
-            for r, first, last in self._members(place, start, stop):
+            for r, first, last in self.members(place, start, stop):
                 piece = self._part(batch, r, part, first, last)
                 if part.dtype == "F8_E4M3" and part.role == "qweight" and _has_nan(piece):
                     values = numbers(piece, part.dtype)
@@ -128,7 +128,7 @@ class Decoder:
                 found[role] = self.scalars(batch, part.role)[:, r]
         return found
 
-    def _members(self, place: Place, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    def members(self, place: Place, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """The source tensors that hold rows ``start`` to ``stop`` of a slab, and their own rows."""
         before = 0
         for r, count in enumerate(place.source_rows):

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError, show
 from ..formats import find_format
 from ..formats.scales import scale_of
 from ..plan import Job
@@ -15,7 +14,7 @@ from .batches import Batch
 from .decode import Decoder
 from .pieces import Sink, write
 
-__all__ = ["stored_scalars", "write_scalars"]
+__all__ = ["ratios_of", "stored_scalars", "write_scalars"]
 
 
 def write_scalars(
@@ -56,18 +55,31 @@ def _input_scale(job: Job, batch: Batch, decoder: Decoder) -> NDArray[np.floatin
 def stored_scalars(job: Job, batch: Batch, role: str, decoder: Decoder) -> NDArray[np.float64]:
     """A scalar of the source for every output matrix, as it multiplies: float64 [B, P].
 
+    Where matrices must share it, it is the largest of the slab, see `ratios_of`.
+
     Raises:
-        CheckpointError: one is no number above 0, or those of NVFP4 differ in a slab.
+        CheckpointError: one is no number above 0.
     """
-    found = decoder.scalars(batch, role)
-    must_agree = role == "global_scale" and find_format(job.format).shares_dense_amax
-    for b in np.flatnonzero((found != found[:, :1]).any(1)).tolist() if must_agree else ():
-        raise CheckpointError(
-            f"{show(batch.slabs[b].labels[0])} and {show(batch.slabs[b].labels[-1])}: have "
-            f"different global scales, {' and '.join(map(str, found[b].tolist()))}, and "
-            "runtimes use one for both; convert with --format bf16 first, then again"
-        )
-    exact = found.astype(np.float64)  # the reciprocal of a reciprocal is the number again
+    exact = decoder.scalars(batch, role).astype(np.float64)
     if role in batch.place.encoded.inverse:
-        exact = 1 / exact
+        exact = 1 / exact  # the reciprocal of a reciprocal is the number again
+    if role == "global_scale" and find_format(job.format).shares_dense_amax:
+        exact = exact.max(1, keepdims=True)
     return np.broadcast_to(exact, (batch.count, len(batch.place.rows)))
+
+
+def ratios_of(
+    job: Job, batch: Batch, decoder: Decoder
+) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    """Each source tensor's global scale over the largest of its slab: numerators, denominators.
+
+    Float32 [B, R] both; None if all agree, or need not.
+    """
+    if len(batch.place.source_rows) == 1 or not find_format(job.format).shares_dense_amax:
+        return None
+    found = decoder.scalars(batch, "global_scale")
+    if (found == found[:, :1]).all():
+        return None
+    if "global_scale" in batch.place.encoded.inverse:
+        return np.broadcast_to(found.min(1, keepdims=True), found.shape), found
+    return found, np.broadcast_to(found.max(1, keepdims=True), found.shape)

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..engines import Engine
 from ..formats import Cast, find_format
+from ..formats.nvfp4_rescaled import rescale
 from ..formats.scales import scale_of
 from ..plan import Copy, Job
 from ..source.items import DTYPES, numbers
+from ..source.stored import Place
 from .batches import Batch, Budget, split
 from .decode import Decoder
 from .magnitudes import Magnitudes, rows_of_piece
 from .pieces import PieceWriter, Sink, cut, matrices_of, write
 from .reader import SourceReader
-from .scalars import stored_scalars, write_scalars
+from .scalars import ratios_of, stored_scalars, write_scalars
 
 __all__ = ["Worker"]
 
@@ -37,7 +39,8 @@ Scalars = Mapping[str, NDArray[np.floating]]
 class Worker:
     """The buffers of one thread, and what it does with them.
 
-    ``inexact_blocks`` counts blocks of MXFP4 that NVFP4 could not hold exactly.
+    ``inexact_blocks`` counts blocks whose codes or scales were rounded again: of MXFP4 those that
+    NVFP4 could not hold exactly, of NVFP4 those that could not be held under another global scale.
     """
 
     def __init__(self, reader: SourceReader, engine: Engine, budget: Budget) -> None:
@@ -165,8 +168,11 @@ class Worker:
         """Parts as they are, under other names and in another order; returns the scalars."""
         place = batch.place
         dtypes = {part.role: part.dtype for part in place.encoded.parts}
+        ratios = ratios_of(job, batch, self._decoder)
         for piece in cut(batch, self._budget, find_format(job.format)):
             stored = self._decoder.parts(batch, *piece)
+            if ratios:
+                self._share_scale(batch.place, piece, stored, *ratios)
             if place.encoded.is_plain:
                 weights = self._engine.weights(stored["qweight"])
                 self._magnitudes.of_rows(batch, [piece], weights)
@@ -183,6 +189,22 @@ class Worker:
                         np.copyto(chunk.out[part.role], items)
         roles = [part.role for part in job.parts if part.is_scalar and part.role != "input_scale"]
         return {role: stored_scalars(job, batch, role, self._decoder) for role in roles}
+
+    def _share_scale(
+        self,
+        place: Place,
+        piece: tuple[int, int],
+        stored: Mapping[str, NDArray[Any]],
+        numerators_BR: NDArray[np.float32],
+        denominators_BR: NDArray[np.float32],
+    ) -> None:
+        """Bring the rows of each source tensor in a piece under the global scale of the slab."""
+        at = 0
+        for r, first, last in self._decoder.members(place, *piece):
+            rows = slice(at, at + last - first)
+            at = rows.stop
+            parts = {role: items[:, rows] for role, items in stored.items()}
+            self.inexact_blocks += rescale(parts, numerators_BR[:, r], denominators_BR[:, r])
 
     def _cast(self, cast: Cast, job: Job, batch: Batch, out: Sink, shared: float | None) -> Scalars:
         """The same codes under other scales; returns the global ones."""

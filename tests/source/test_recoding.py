@@ -7,7 +7,7 @@ import torch
 from kit import stored_as as S  # noqa: N812
 from kit.expert_layouts import load
 from kit.files import FIXTURES, read_tensors
-from kit.quantized_sources import ATTENTION, BUDGETS, CUTS, bits, gpt_oss, make, only, refused, same
+from kit.quantized_sources import ATTENTION, BUDGETS, CUTS, bits, gpt_oss, make, only, same
 
 import moe_ckpt
 from moe_ckpt.conversion import execute
@@ -266,12 +266,26 @@ def test_gate_and_up_of_fp8_keep_a_scale_each(tmp_path):
     same(load(tmp_path / "out"), tensors)
 
 
-def test_gate_and_up_with_different_scales_are_refused_by_name(tmp_path):
-    tensors, _ = make(tmp_path / "x", "nvfp4-modelopt", beside=False)
-    tensors[f"{S.QWEN}.0.up_proj.weight_scale_2"] *= 2
-    words = f"{S.QWEN}.0.gate_proj.weight and {S.QWEN}.0.up_proj.weight: have different"
-    refused(tmp_path, tensors, S.MODELOPT, words)
-    moe_ckpt.convert(tmp_path / "in", tmp_path / "bf16", format="bf16")
+@pytest.mark.parametrize("key", ["nvfp4-modelopt", "nvfp4-ct"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_gate_and_up_get_one_scale_and_keep_their_weights_where_e4m3_can(tmp_path, key, budget):
+    """Twice up's scale and half its block scales are the same weights."""
+    tensors, decoded = make(tmp_path / "x", key, beside=False)
+    ending = "weight_scale_2" if key == "nvfp4-modelopt" else "weight_global_scale"
+    name = f"{S.QWEN}.0.up_proj.{ending}"
+    tensors[name] *= 2 if key == "nvfp4-modelopt" else 0.5
+    S.save(tmp_path / "in", tensors, S.ENCODINGS[key][2], count=2, i=128, h=128)
+    plan = moe_ckpt.make_plan(tmp_path / "in", format="nvfp4", dialect="modelopt")
+    done = execute(plan, tmp_path / "out", backend=backend_for("cpu"), budget=budget)
+    assert done.inexact_blocks == 0
+    found = load(tmp_path / "out")
+    for e in range(2):
+        scales = [found[f"{S.QWEN}.{e}.{p}_proj.weight_scale_2"] for p in ("gate", "up")]
+        assert scales[0] == scales[1]
+        for projection in ("gate_proj", "up_proj"):
+            weight = f"{S.QWEN}.{e}.{projection}.weight"
+            times = 2 if weight in name else 1
+            assert torch.equal(decoded_nvfp4(found, weight), decoded[weight] * times)
 
 
 BAD = [

@@ -117,7 +117,7 @@ class _Pairing:
                 continue
             if not self._is_matrix(info):
                 self._single(name, info)
-            elif self._is_candidate(name):
+            elif self._is_candidate(name) or not self._weights.encoded(name).is_plain:
                 candidates.append((module_of(name), info.shape[1]))
             else:
                 self._linears((module_of(name),))
@@ -297,8 +297,7 @@ class _Pairing:
         ours = {self._weights.encoded(f"{module}.weight") for module in modules}
         alike = len(ours) == len(there) == 1 and None not in names.values()
         target = find_format(next(iter(there)).format)
-        source = find_format(next(iter(ours)).format)
-        shares = target.shares_dense_amax and not target.holds(source)
+        shares = target.shares_dense_amax
         if alike and shares and self._made_together(modules, names):
             return
         for module in modules:
