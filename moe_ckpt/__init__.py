@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .planning.options import Options
     from .planning.planner import make_plan
+    from .repairing import repair
     from .result import Result
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "convert",
     "inspect",
     "make_plan",
+    "repair",
 ]
 
 _LAZY = {
@@ -68,6 +70,7 @@ _LAZY = {
     "convert": "conversion",
     "inspect": "inspection",
     "make_plan": "planning.planner",
+    "repair": "repairing",
 }
 
 

@@ -245,6 +245,77 @@ def verify(
 
 
 @cli.command()
+@in_argument
+@click.argument("out_dir", metavar="OUT", callback=named)
+@plan_options("stats")
+@click.option(
+    "--workers", type=int, metavar="N", help="Threads; if not given one per core, at most 16."
+)
+@click.option("--overwrite", is_flag=True, help="Remove an earlier repair in OUT and start over.")
+@click.option(
+    "--trust-journal",
+    is_flag=True,
+    help="Going on, compare only the sizes of finished shards with the journal, not SHA-256.",
+)
+@click.option(
+    "--partial", is_flag=True, help="Mend what can be mended, though something stays wrong."
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be mended; write nothing.")
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
+def repair(
+    in_dir: str,
+    out_dir: str,
+    stats: tuple[str, ...],
+    workers: int | None,
+    overwrite: bool,
+    trust_journal: bool,
+    partial: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write a copy of the quantized checkpoint IN, whoever made it, with its faults mended.
+
+    Mended are scales that must be equal and are not, that are missing, or stored as their
+    reciprocal; dtypes of scales; what config.json and hf_quant_config.json say; and the index.
+    All else keeps its bytes. If nothing is to be mended, nothing is written.
+    """
+    from pathlib import Path
+
+    from ..limits import Limits
+    from ..output.out_dir import check_out_dir
+    from ..repairing import carry_out, make_repair
+    from ..report.repair_report import repair_document, repair_lines, repaired_lines
+    from .progress import Progress
+
+    check_out_dir(Path(in_dir), Path(out_dir), overwrite=overwrite)
+    found = make_repair(in_dir, stats=stats)
+    if not quiet:
+        say(repair_lines(found))
+    result = None
+    if not dry_run and found.plan is None:
+        found.refuse_what_is_left()
+    elif not dry_run and found.plan is not None:
+        with Progress(found.plan, say, quiet=quiet) as report:
+            result = carry_out(
+                found,
+                out_dir,
+                partial=partial,
+                limits=Limits(workers),
+                overwrite=overwrite,
+                trust_journal=trust_journal,
+                progress=report,
+                say=(lambda _line: None) if quiet else (lambda line: say([line])),
+            )
+            ignore_signals()  # the output is complete: say so, whatever comes now
+    if result is not None and not quiet:
+        say(repaired_lines(result))
+    if as_json:
+        print_json(repair_document(found, result))
+
+
+@cli.command()
 @json_option
 def formats(as_json: bool) -> None:
     """List number formats: their size, what they need, how they are spelled, who reads them."""

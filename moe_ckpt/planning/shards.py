@@ -17,7 +17,7 @@ from ..source.checkpoint import SINGLE
 from ..source.stored import Read
 from ..texts import header_of
 
-__all__ = ["ConstantUnit", "CopyUnit", "QuantUnit", "Unit", "pack"]
+__all__ = ["ConstantUnit", "CopyUnit", "QuantUnit", "Unit", "pack", "shard_of"]
 
 # Readers refuse headers over 100 MB; an entry is its name and at most this much more.
 HEADER_CAP_NBYTES = 90_000_000
@@ -124,6 +124,19 @@ def pack(units: Iterable[Unit], dialect: Dialect, max_nbytes: int) -> list[OutSh
             done += count
     names = _shard_names(len(bins))
     return [_place(name, filled, dialect) for name, filled in zip(names, bins, strict=True)]
+
+
+def shard_of(name: str, units: Iterable[Unit], dialect: Dialect) -> OutShard:
+    """One shard of all these units, however large they are."""
+    filled = _Bin()
+    for unit in units:
+        if isinstance(unit, CopyUnit):
+            filled.copies.append(unit)
+        elif isinstance(unit, ConstantUnit):
+            filled.constants.append(unit)
+        else:
+            filled.jobs += unit.jobs
+    return _place(name, filled, dialect)
 
 
 def _piece_nbytes(unit: QuantUnit, dialect: Dialect) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from .headers import Shard, TensorInfo, read_header
 from .strict_json import parse_object, show_value, type_name
 
 __all__ = ["SideFile", "Source", "is_safe_shard_name", "open_source", "shards_in"]
+__all__ += ["side_files_of"]
 
 # What runtimes look for in a folder, in the source and in the output alike.
 INDEX = "model.safetensors.index.json"
@@ -244,6 +245,12 @@ def _side_files(root: Path, shards: set[str]) -> tuple[list[SideFile], list[str]
         else:
             files.append(SideFile(name, path, target.stat().st_size))
     return files, left_out, warnings
+
+
+def side_files_of(root: Path, shards: set[str]) -> tuple[SideFile, ...]:
+    """What is copied beside the weights of a folder with these shards."""
+    files, _, _ = _side_files(root, shards)
+    return tuple(files)
 
 
 def _is_other_index(name: str) -> bool:

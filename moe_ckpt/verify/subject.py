@@ -24,7 +24,7 @@ from ..source.strict_json import parse_object, type_name
 from ..source.weights import Found, Weights, find_weights, weights_in
 from .findings import Findings
 
-__all__ = ["Subject", "open_subject"]
+__all__ = ["Subject", "open_subject", "subject_of"]
 
 _CAP_NBYTES = 100_000_000
 
@@ -117,20 +117,35 @@ def open_subject(
         warnings=(),
     )
     said = opening.said(config or {})
-    found = find_weights(tensors)
-    weights = weights_in(tensors, found, said)
+    return subject_of(
+        source, said, index, texts=texts or {}, lost=frozenset(lost), journal=opening.journal()
+    )
+
+
+def subject_of(
+    source: Source,
+    said: Sequence[Declared],
+    index: Mapping[str, Any] | None,
+    *,
+    texts: Mapping[str, str],
+    lost: frozenset[str] = frozenset(),
+    journal: Journal | None = None,
+) -> Subject:
+    """What headers and configuration files make a checkpoint; see `Subject` for the arguments."""
+    found = find_weights(source.tensors)
+    weights = weights_in(source.tensors, found, said)
     detection, undetected = _detected(weights, source.config)
     return Subject(
         source=source,
-        texts=texts or {},
+        texts=texts,
         index=index,
-        lost=frozenset(lost),
+        lost=lost,
         found=found,
         weights=weights,
         said=said,
         detection=detection,
         undetected=undetected,
-        journal=opening.journal(),
+        journal=journal,
     )
 
 

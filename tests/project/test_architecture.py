@@ -28,6 +28,7 @@ ORDER = (
     ("work", "output"),
     ("verify",),
     ("conversion", "scan"),
+    ("repairing",),
     ("report",),
     ("inspection",),
     ("cli",),

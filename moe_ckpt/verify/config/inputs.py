@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from ...dialects.matching import Built, UndecidedError
 from ...dialects.reading import Reading
@@ -11,13 +11,22 @@ from ...source.encodings import input_name_of
 from ..findings import Findings
 from ..inventory import Inventory, Module
 
-__all__ = ["check_inputs"]
+__all__ = ["bare_modules", "check_inputs"]
 
 
 def check_inputs(
     inventory: Inventory, by_runtime: Mapping[str, Reading], findings: Findings
 ) -> None:
     """Report modules without an activation scale that runtimes take one of."""
+    for members in bare_modules(inventory, by_runtime):
+        if not _is_told_already([module.name for module in members], findings):
+            _add_bare(members[0], len(members), findings)
+
+
+def bare_modules(
+    inventory: Inventory, by_runtime: Mapping[str, Reading]
+) -> Iterator[Sequence[Module]]:
+    """Modules without an activation scale that runtimes take one of, those of a layer together."""
     reading = next(iter(by_runtime.values()), None)
     if reading is None or not reading.static:
         return
@@ -31,15 +40,14 @@ def check_inputs(
         return
     for name, experts in inventory.experts.items():
         members = {module.name: module for module in experts.matrices if module.name in bare}
-        if not members or _is_told_already(members, findings):
-            continue
-        found = _read(reading, Built(name, tuple(members), None, is_experts=True))
-        if found in reading.static:
-            _add_bare(next(iter(members.values())), len(members), findings)
+        if members:
+            found = _read(reading, Built(name, tuple(members), None, is_experts=True))
+            if found in reading.static:
+                yield [*members.values()]
     for name in bare:
         found = _read(reading, Built(name, (name,), None)) if name in inventory.linears else None
         if found in reading.static:
-            _add_bare(bare[name], 1, findings)
+            yield [bare[name]]
 
 
 def _read(reading: Reading, module: Built) -> str | None:
@@ -49,7 +57,7 @@ def _read(reading: Reading, module: Built) -> str | None:
         return None
 
 
-def _is_told_already(members: Mapping[str, Module], findings: Findings) -> bool:
+def _is_told_already(members: Sequence[str], findings: Findings) -> bool:
     told = {finding.where for finding in findings.found if finding.part == "structure"}
     return any(where.startswith(f"{name}.input") for name in members for where in told)
 

@@ -22,7 +22,7 @@ from .agreement import check_kv_cache, check_single_experts, check_two_files
 from .inputs import check_inputs
 from .verdicts import runtimes_of
 
-__all__ = ["built_from", "check_config"]
+__all__ = ["built_from", "check_config", "readings_by_runtime"]
 
 _HEAD = "lm_head"
 # Of these runtimes build none that a configuration could make quantized.
@@ -105,7 +105,7 @@ def _check(
         return {*loading}
     check_two_files(subject, readings, findings)
     check_single_experts(inventory, readings, findings)
-    by_runtime = _by_runtime(readings)
+    by_runtime = readings_by_runtime(readings)
     known = {runtime: by_runtime[runtime] for runtime in by_runtime if runtime in loading}
     misled = _check_modules(subject, modules, known or by_runtime, findings)
     check_inputs(inventory, by_runtime, findings)
@@ -177,7 +177,7 @@ def _list(found: set[str | None]) -> str:
     return " and ".join(sorted(map(_text, found)))
 
 
-def _by_runtime(readings: Mapping[str, Reading]) -> dict[str, Reading]:
+def readings_by_runtime(readings: Mapping[str, Reading]) -> dict[str, Reading]:
     """The file that each runtime goes by."""
     beside = readings.get(HF_QUANT_CONFIG)
     config = next((r for where, r in readings.items() if where != HF_QUANT_CONFIG), None)
