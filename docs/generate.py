@@ -28,11 +28,13 @@ EXIT_CODES = {
     "0": "Done. `verify`: nothing is wrong.",
     "1": "A bug in moe-ckpt. The message names a log file to report.",
     "2": "Wrong usage: an unknown option, or options that contradict each other.",
-    "3": "Bad input: a checkpoint, configuration, statistics file or recipe that cannot be used.",
+    "3": "Bad input: a checkpoint, configuration, statistics file or recipe that cannot be used. "
+    "`repair`: something cannot be mended.",
     "4": "The output folder was refused: it holds other files, or another conversion.",
     "5": "The machine failed: disk, memory, permissions or GPU. Run the same command again.",
-    "6": "`verify` found something wrong, or `convert` did when it checked its own result.",
-    "7": "`verify` found nothing wrong, and tensors that it does not know how to check.",
+    "6": "`verify` found something wrong, or `convert` or `repair` did in its own result.",
+    "7": "`verify` found nothing wrong, and tensors that it does not know how to check; `repair` "
+    "found such.",
     "129": "Stopped by SIGHUP. Run the same command again.",
     "130": "Stopped by Ctrl-C. Run the same command again.",
     "143": "Stopped by SIGTERM. Run the same command again.",

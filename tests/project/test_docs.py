@@ -385,6 +385,10 @@ def documents(tmp_path: Path, monkeypatch) -> dict[str, list[dict]]:
             printed("verify", "out", "--source", source, "--json"),
             printed("verify", llmc, "--json"),
         ],
+        "repair": [
+            printed("repair", llmc, "mended", "--json", "-q"),
+            printed("repair", FIXTURES / "gpt_oss" / "source", "x", "--json", "--dry-run"),
+        ],
         "formats": [printed("formats", "--json")],
         "layouts": [printed("layouts", "--json")],
         "stats": [json.loads(stats.read_text())],
