@@ -107,13 +107,14 @@ def make_repair(in_dir: str | os.PathLike[str], *, stats: Iterable[File] = ()) -
     damaged = next((f.problem for f in opened if f.where == HF_QUANT_CONFIG), "")
     outlook, left = _configured(draft, shards, texts, damaged)
     left += [f for f in opened if not _is_mended_by_writing(f, subject)]
-    left += [f for f in findings.found if f.part == "scales" and f.where not in _shown(draft)]
+    mended, told = {show(name) for name in draft.mended}, {show(name) for name in draft.problems}
+    left += [f for f in findings.found if f.part == "scales" and f.where not in mended]
     plan = _plan(subject, outlook, shards, asked)
     _tell_index(draft, plan)
     problems = [
         f"{found.where}: {found.problem}; {found.effect}"
         for found in left
-        if found.grade == ERROR and found.where not in map(show, draft.problems)
+        if found.grade == ERROR and found.where not in told
     ]
     problems += [f"{show(name)}: {problem}" for name, problem in draft.problems.items()]
     return Repair(
@@ -145,10 +146,6 @@ def _calibration(subject: Subject, asked: Options) -> Calibration | None:
     if subject.detection is None:
         raise CheckpointError(*subject.undetected)
     return Calibration(read_stats(asked.stats_files), subject.detection, missing_is_constant=True)
-
-
-def _shown(draft: Draft) -> set[str]:
-    return {show(name) for name in draft.mended}
 
 
 def _is_mended_by_writing(found: Finding, subject: Subject) -> bool:

@@ -55,9 +55,9 @@ def mended_shards(draft: Draft) -> tuple[OutShard, ...]:
         units[shard] += _copies(infos, draft.dtypes)
     filled = [name for name, found in units.items() if found]
     names = [SINGLE] if len(filled) == 1 else filled
+    dialect = _dialect(draft)
     return tuple(
-        shard_of(name, units[shard], _dialect(draft))
-        for name, shard in zip(names, filled, strict=True)
+        shard_of(name, units[shard], dialect) for name, shard in zip(names, filled, strict=True)
     )
 
 
