@@ -226,6 +226,32 @@ def test_the_configuration_is_written_from_the_tensors(tmp_path):
     assert "lm_head" in T.listed(read_json(out / "hf_quant_config.json")["quantization"])
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deepseek_v3/modelopt-nvfp4",
+        "gpt_oss/modelopt-nvfp4",
+        "llama4/modelopt-nvfp4",
+        "mixtral/modelopt-nvfp4-experts",
+        "qwen2_moe/modelopt-fp8",
+        "qwen3_moe_wide/modelopt-mxfp8",
+    ],
+)
+def test_what_no_file_says_is_read_off_the_tensors(tmp_path, name):
+    folder = T.copy(FIXTURES / name, tmp_path)
+    T.edit_json(folder / "config.json", lambda config: config.pop("quantization_config"))
+    (folder / "hf_quant_config.json").unlink()
+    assert changed(folder, mended(tmp_path, folder)) == set()
+
+
+def test_a_form_that_no_dialect_writes_is_not_described(tmp_path):
+    folder = T.copy(FIXTURES / "qwen3_moe_wide" / "modelopt-fp8-block", tmp_path)
+    T.quantization(folder, lambda said: T.listed(said).clear())
+    done = run_here("repair", folder, tmp_path / "out")
+    assert done.returncode == 3
+    assert "no dialect has these formats" in done.stderr
+
+
 @pytest.mark.parametrize("text", ["{", '{"quantization": 3}'])
 def test_a_damaged_file_beside_is_written_anew(tmp_path, text):
     folder = T.copy(NVFP4, tmp_path)
