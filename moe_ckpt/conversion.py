@@ -15,6 +15,7 @@ from typing import Unpack
 
 from .engines import Backend, backend_for
 from .errors import EnvironmentFaultError, VerifyError, show
+from .faults import environment_faults
 from .limits import Limits
 from .output.journal import head_of, read_journal
 from .output.out_dir import check_out_dir, missing_nbytes
@@ -27,7 +28,7 @@ from .source.checkpoint import INDEX
 from .source.files import file_sha256
 from .texts import index_of
 from .work.batches import Budget, batches, budget_for, gathered_nbytes
-from .work.pool import Pool, environment_faults, pool_over
+from .work.pool import Pool, pool_over
 from .work.worker import Worker
 
 __all__ = ["convert", "execute", "prepare"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from .dtypes import FLOATS
 from .engines import Backend
 from .errors import OutputRefusedError, Problems, show
+from .faults import environment_faults
 from .layouts import Detection, Given, detect
 from .layouts.places import expert_modules, place_of_experts, place_of_linears
 from .layouts.roles import is_matrix, module_of
@@ -21,7 +22,7 @@ from .source.checkpoint import open_source
 from .source.stored import Place
 from .source.weights import Weights, weights_of
 from .work.batches import Batch, batches, budget_for
-from .work.pool import environment_faults, pool_over
+from .work.pool import pool_over
 from .work.worker import Worker
 
 __all__ = ["scan"]

@@ -7,6 +7,7 @@ arrays are torch tensors or numpy arrays, of which callers use only shapes, slic
 from __future__ import annotations
 
 import ctypes
+from types import ModuleType
 
 from ..errors import EnvironmentFaultError, UsageError, show
 from .engine import Backend, Engine, host_items
@@ -19,14 +20,13 @@ def backend_for(device: str) -> Backend:
 
     Raises:
         UsageError: there is no such device.
-        EnvironmentFaultError: torch finds no such CUDA device.
+        EnvironmentFaultError: torch finds no such CUDA device, or cannot be loaded.
     """
     kind, _, index = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
         raise UsageError(f"device {show(device)!r} is unknown; choose auto, cpu, cuda or cuda:N")
     if kind == "cuda" or (kind == "auto" and _has_driver()):
-        from . import with_torch
-
+        with_torch = _loaded_torch()
         count = with_torch.cuda_devices()
         if count > int(index or 0):
             return with_torch.backend(device if kind == "cuda" else "cuda")
@@ -37,13 +37,24 @@ def backend_for(device: str) -> Backend:
     try:
         from . import with_numba
     except (ImportError, OSError) as error:  # not there, not for this numpy, without its LLVM
-        from . import with_torch
-
         why = f"numba cannot be used ({show(error)}); torch does the arithmetic, slower"
+        with_torch = _loaded_torch(f"numba cannot be used ({show(error)}), and ")
         if isinstance(error, ImportError) and error.name == "numba":
             why = "numba is not installed; with moe-ckpt[fast] a CPU converts several times faster"
         return with_torch.backend("cpu", why)
     return with_numba.backend()
+
+
+def _loaded_torch(before: str = "") -> ModuleType:
+    """What does the arithmetic with torch; ``before`` is what was tried before it."""
+    try:
+        from . import with_torch
+    except (ImportError, OSError) as error:
+        raise EnvironmentFaultError(
+            f"{before}torch cannot be loaded: {show(error)}; free memory if there is too little, "
+            "or install it anew, and run the same command again"
+        ) from error
+    return with_torch
 
 
 def _has_driver() -> bool:
