@@ -32,6 +32,7 @@ EXIT_CODES = {
     "4": "The output folder was refused: it holds other files, or another conversion.",
     "5": "The machine failed: disk, memory, permissions or GPU. Run the same command again.",
     "6": "`verify` found something wrong, or `convert` did when it checked its own result.",
+    "7": "`verify` found nothing wrong, and tensors that it does not know how to check.",
     "129": "Stopped by SIGHUP. Run the same command again.",
     "130": "Stopped by Ctrl-C. Run the same command again.",
     "143": "Stopped by SIGTERM. Run the same command again.",

@@ -186,18 +186,14 @@ def _hashed(plan: Plan, threads: int) -> dict[str, str]:
 
 
 def _verify(root: Path, texts: Mapping[str, str], say: Callable[[str], None]) -> Mapping[str, int]:
-    """Check the shards on disk with the configuration that is still to be written.
-
-    Scales that are carried over may differ where runtimes use one; that is said, and no error.
-    """
+    """Check the shards on disk with the configuration that is still to be written."""
     from .verify import Findings, check_parts
-    from .verify.findings import by_effect
+    from .verify.findings import ERROR, by_effect
     from .verify.subject import open_subject
-    from .verify.values.scale_values import LOSSY
 
     findings = Findings()
     check_parts(open_subject(root, findings, texts), findings)
-    wrong = [found for found in findings.found if found.effect not in LOSSY]
+    wrong = findings.of_grade(ERROR)
     if wrong:
         raise VerifyError(
             *(f"{found.where}: {found.problem}; {found.effect}" for found in wrong),

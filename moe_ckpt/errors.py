@@ -12,6 +12,7 @@
     +-- OutputRefusedError            4   the output folder is not ours to write
     +-- EnvironmentFaultError         5   disk, memory, I/O or GPU: fix it and run again
     +-- VerifyError                   6   a checkpoint that is not what it must be
+    +-- UncheckedError                7   a checkpoint of a form that verification does not read
     +-- InterruptedConversionError    130, 143 after SIGTERM, 129 after SIGHUP
 
 An error holds one line per problem. Checks that run before anything is written report every
@@ -35,6 +36,7 @@ __all__ = [
     "OutputRefusedError",
     "RecipeError",
     "StatsError",
+    "UncheckedError",
     "UsageError",
     "VerifyError",
     "printable",
@@ -114,6 +116,12 @@ class VerifyError(MoeCkptError):
     """A checkpoint in which a verification found something wrong."""
 
     exit_code = 6
+
+
+class UncheckedError(MoeCkptError):
+    """A checkpoint of which nothing is known to be wrong, and not all can be checked."""
+
+    exit_code = 7
 
 
 class InterruptedConversionError(MoeCkptError):

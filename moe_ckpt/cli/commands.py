@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import UsageError, VerifyError, show
+from ..errors import UncheckedError, UsageError, VerifyError, show
 from ..version import __version__
 from .shared_options import in_argument, json_option, limit_options, named, plan_options
 from .signals import ignore_signals
@@ -209,8 +209,9 @@ def verify(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Check the quantized checkpoint OUT, whoever made it, and exit with 6 if something is wrong.
+    """Check the quantized checkpoint OUT, whoever made it.
 
+    The exit code is 6 if something is wrong, and 7 if nothing is, but not all can be checked.
     Checked are files, names and shapes; every scale; what runtimes make of the configuration; and
     with --source, whether the weights are those of IN.
     """
@@ -218,6 +219,7 @@ def verify(
     from ..limits import Limits
     from ..report.verification import document, lines, outcome
     from ..verify import verify as verify_folder
+    from ..verify.findings import ERROR
 
     if compare_all and sample is not None:
         raise UsageError("--all compares what --sample would choose from; give one of them")
@@ -233,10 +235,13 @@ def verify(
     say(lines(findings, quiet=quiet))
     if as_json:
         print_json(document(findings))
-    if findings.is_clean and not quiet:
-        say([f"{show(out_dir)}: {outcome(findings)}"])
+    said = f"{show(out_dir)}: {outcome(findings)}"
+    if findings.of_grade(ERROR):
+        raise VerifyError(said)
     if not findings.is_clean:
-        raise VerifyError(f"{show(out_dir)}: {outcome(findings)}")
+        raise UncheckedError(said)
+    if not quiet:
+        say([said])
 
 
 @cli.command()

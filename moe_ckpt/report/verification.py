@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import show
-from ..verify.findings import Findings, by_effect
+from ..verify.findings import ERROR, GRADES, UNCHECKED, WARNING, Findings, by_effect
 from ..words import count_of, counted
 
 __all__ = ["document", "lines", "outcome"]
 
 _SHOWN = 20
 _SHOWN_DIFFERENCES = 5
+_HEADS = {ERROR: "WRONG", WARNING: "Warning", UNCHECKED: "Unchecked"}
+_COUNTED = {ERROR: "finding", WARNING: "warning", UNCHECKED: "finding"}
 
 
 def document(findings: Findings) -> dict[str, Any]:
@@ -23,7 +25,12 @@ def document(findings: Findings) -> dict[str, Any]:
         "is_clean": findings.is_clean,
         "findings": [finding._asdict() for finding in findings.found],
         "runtimes": [
-            {"name": runtime.name, "loads": runtime.loads, "why_not": runtime.why_not}
+            {
+                "name": runtime.name,
+                "loads": runtime.loads,
+                "why_not": runtime.why_not,
+                "garbage": runtime.garbage,
+            }
             for runtime in findings.runtimes
         ],
         "counts": dict(findings.counts),
@@ -37,26 +44,42 @@ def document(findings: Findings) -> dict[str, Any]:
 
 def outcome(findings: Findings) -> str:
     """The outcome in a few words."""
-    if findings.is_clean:
-        return "nothing is wrong"
-    parts = [f"{len(found):,} on {part}" for part, found in findings.by_part().items() if found]
-    return f"{count_of(len(findings.found), 'finding')}: {', '.join(parts)}"
+    wrong, unchecked, warned = (findings.of_grade(g) for g in (ERROR, UNCHECKED, WARNING))
+    said = []
+    if wrong:
+        by_part = findings.by_part(ERROR)
+        parts = [f"{len(found):,} on {part}" for part, found in by_part.items() if found]
+        said.append(f"{count_of(len(wrong), 'finding')}: {', '.join(parts)}")
+    else:
+        said.append("nothing is known to be wrong" if unchecked else "nothing is wrong")
+    if unchecked:
+        said.append("not all of it can be checked")
+    if warned:
+        said.append(count_of(len(warned), "warning"))
+    return "; ".join(said)
 
 
 def lines(findings: Findings, *, quiet: bool = False) -> Iterator[str]:
-    """Findings as lines: what is wrong and what it does, then who loads it, then counts."""
-    for part, found in findings.by_part().items():
-        for effect, alike in by_effect(found).items():
-            yield f"WRONG     {part}: {count_of(len(alike), 'finding')}"
-            for finding in alike[:_SHOWN]:
-                yield f"  {finding.where}: {finding.problem}"
-            if len(alike) > _SHOWN:
-                yield f"  and {len(alike) - _SHOWN:,} more"
-            yield f"  then      {effect}"
+    """Findings as lines: what is wrong and what it does, then who loads it, then counts.
+
+    ``quiet``: only findings.
+    """
+    for grade in GRADES:
+        for part, found in findings.by_part(grade).items():
+            for effect, alike in by_effect(found).items():
+                count = count_of(len(alike), _COUNTED[grade])
+                yield f"{_HEADS[grade]:<10}{part}: {count}"
+                for finding in alike[:_SHOWN]:
+                    yield f"  {finding.where}: {finding.problem}"
+                if len(alike) > _SHOWN:
+                    yield f"  and {len(alike) - _SHOWN:,} more"
+                yield f"  then      {effect}"
     if quiet:
         return
     for runtime in findings.runtimes:
         verdict = "loads it" if runtime.loads else f"does not load it: {runtime.why_not}"
+        if runtime.loads and runtime.garbage:
+            verdict = f"loads it, and computes garbage: {runtime.garbage}"
         yield f"{runtime.name:<14}{verdict}"
     if findings.counts:
         yield f"Checked   {', '.join(counted(findings.counts))}"

@@ -7,30 +7,41 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-__all__ = ["PARTS", "Difference", "Finding", "Findings", "Runtime", "by_effect"]
+__all__ = ["ERROR", "GRADES", "PARTS", "UNCHECKED", "WARNING"]
+__all__ += ["Difference", "Finding", "Findings", "Runtime", "by_effect"]
 
 # What is looked at, in this order.
 PARTS = ("structure", "scales", "config", "source")
 
+# How bad a finding is: numbers are wrong, or something stops; it works, and could be better; it is
+# stored in a way that is not read here, so that nothing is known of it.
+ERROR, WARNING, UNCHECKED = GRADES = ("error", "warning", "unchecked")
+
 
 class Finding(NamedTuple):
-    """Something that is wrong.
+    """Something that is not as it should be.
 
     ``part`` is one of `PARTS`. ``where`` is a tensor, module or file; ``problem`` what was expected
-    there and found; ``effect`` what that does when the checkpoint is loaded.
+    there and found; ``effect`` what that does when the checkpoint is loaded. ``grade`` is one of
+    `GRADES`.
     """
 
     part: str
     where: str
     problem: str
     effect: str
+    grade: str = ERROR
 
 
 class Runtime(NamedTuple):
-    """Whether a runtime loads the checkpoint, and why not, '' if it does."""
+    """Whether a runtime loads the checkpoint, and why not, '' if it does.
+
+    ``garbage``: what makes it compute garbage, though it loads it; '' if nothing does.
+    """
 
     name: str
     why_not: str
+    garbage: str = ""
 
     @property
     def loads(self) -> bool:
@@ -64,18 +75,23 @@ class Findings:
     differences: list[Difference] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
-    def add(self, part: str, where: str, problem: str, effect: str) -> None:
+    def add(self, part: str, where: str, problem: str, effect: str, grade: str = ERROR) -> None:
         """Record one finding."""
-        self.found.append(Finding(part, where, problem, effect))
+        self.found.append(Finding(part, where, problem, effect, grade))
+
+    def of_grade(self, grade: str) -> list[Finding]:
+        """The findings of one grade."""
+        return [found for found in self.found if found.grade == grade]
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.found
+        """Whether all was checked, and nothing is wrong; there may be warnings."""
+        return all(found.grade == WARNING for found in self.found)
 
-    def by_part(self) -> Mapping[str, list[Finding]]:
-        """Part -> its findings, in the order of `PARTS`."""
-        return {part: [f for f in self.found if f.part == part] for part in PARTS}
+    def by_part(self, grade: str) -> Mapping[str, list[Finding]]:
+        """Part -> its findings of a grade, in the order of `PARTS`."""
+        found = self.of_grade(grade)
+        return {part: [f for f in found if f.part == part] for part in PARTS}
 
 
 def by_effect(found: Iterable[Finding]) -> dict[str, list[Finding]]:

@@ -10,12 +10,12 @@ from ...dialects.matching import built_modules
 from ...errors import show, show_some
 from ...formats import find_format
 from ...planning.kv_cache import KV_SCALES
-from ..findings import Findings
+from ..findings import ERROR, WARNING, Findings
 from ..inventory import Inventory, Module, pairs_of
 from ..subject import Subject
 from .windows import Bad, bad_codes, bad_numbers, integers
 
-__all__ = ["GATE_UP", "LOSSY", "check_scales"]
+__all__ = ["GATE_UP", "check_scales"]
 
 _WRONG = {
     "block_scale": "the weights of the block become NaN, infinite or 0, and nothing is said",
@@ -41,7 +41,7 @@ _INPUT = (
 )
 _DENSE_INPUT = "runtimes build them as one layer and use the largest, which loses accuracy"
 # With these a checkpoint works, and is less accurate than it could be.
-LOSSY = frozenset({_FP8, _INPUT, _DENSE_INPUT})
+_LOSSY = frozenset({_FP8, _INPUT, _DENSE_INPUT})
 
 Values = Mapping[str, float]
 
@@ -135,7 +135,9 @@ def _refuse_unequal(
         if value != found[0][1]:
             problem = f"is {value:.9g}, and {show(found[0][0])} is {found[0][1]:.9g}"
             is_fp8 = role == "global_scale" and modules[0].format == "fp8-tensor"
-            findings.add("scales", show(name), problem, _FP8 if is_fp8 else effect)
+            then = _FP8 if is_fp8 else effect
+            grade = WARNING if then in _LOSSY else ERROR
+            findings.add("scales", show(name), problem, then, grade)
 
 
 def _refuse_unequal_inputs(
@@ -154,6 +156,7 @@ def _refuse_unequal_inputs(
         f"is {dict(found)[others[0]]:.9g}; of {what} {len(others)} of {len(found)} are not "
         f"{usual:.9g}: {show_some(others)}",
         _INPUT,
+        WARNING,
     )
 
 
