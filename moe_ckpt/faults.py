@@ -42,9 +42,7 @@ def fault_of(error: Exception) -> EnvironmentFaultError | None:
     if isinstance(error, OSError):
         name = f"{show(error.filename)}: " if error.filename else ""
         mend = "raise the limit (ulimit -n)" if error.errno in _TOO_MANY else "mend this"
-        return EnvironmentFaultError(
-            f"{name}{error.strerror or show(error)}; {mend} and {_AGAIN}"
-        )
+        return EnvironmentFaultError(f"{name}{error.strerror or show(error)}; {mend} and {_AGAIN}")
     if isinstance(error, ImportError) and not (error.name or "").startswith("moe_ckpt"):
         return EnvironmentFaultError(
             f"{show(error.name or 'a library')}: cannot be loaded: {show(error)}; free memory if "
@@ -71,6 +69,4 @@ def _of_a_library(error: RuntimeError) -> EnvironmentFaultError | None:
         return EnvironmentFaultError(
             f"GPU memory ran out ({show(error)}); free some, or use --device cpu, and {_AGAIN}"
         )
-    return EnvironmentFaultError(
-        f"the GPU failed ({show(error)}); {_AGAIN}, or with --device cpu"
-    )
+    return EnvironmentFaultError(f"the GPU failed ({show(error)}); {_AGAIN}, or with --device cpu")

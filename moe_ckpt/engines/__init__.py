@@ -7,7 +7,8 @@ arrays are torch tensors or numpy arrays, of which callers use only shapes, slic
 from __future__ import annotations
 
 import ctypes
-from types import ModuleType
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ..errors import EnvironmentFaultError, UsageError, show
 from .engine import Backend, Engine, host_items
@@ -26,7 +27,9 @@ def backend_for(device: str) -> Backend:
     if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
         raise UsageError(f"device {show(device)!r} is unknown; choose auto, cpu, cuda or cuda:N")
     if kind == "cuda" or (kind == "auto" and _has_driver()):
-        with_torch = _loaded_torch()
+        with _loading_torch():
+            from . import with_torch
+
         count = with_torch.cuda_devices()
         if count > int(index or 0):
             return with_torch.backend(device if kind == "cuda" else "cuda")
@@ -38,23 +41,24 @@ def backend_for(device: str) -> Backend:
         from . import with_numba
     except (ImportError, OSError) as error:  # not there, not for this numpy, without its LLVM
         why = f"numba cannot be used ({show(error)}); torch does the arithmetic, slower"
-        with_torch = _loaded_torch(f"numba cannot be used ({show(error)}), and ")
+        with _loading_torch(f"numba cannot be used ({show(error)}), and "):
+            from . import with_torch
         if isinstance(error, ImportError) and error.name == "numba":
             why = "numba is not installed; with moe-ckpt[fast] a CPU converts several times faster"
         return with_torch.backend("cpu", why)
     return with_numba.backend()
 
 
-def _loaded_torch(before: str = "") -> ModuleType:
-    """What does the arithmetic with torch; ``before`` is what was tried before it."""
+@contextmanager
+def _loading_torch(before: str = "") -> Iterator[None]:
+    """Say why torch cannot be loaded; ``before`` is what was tried before it."""
     try:
-        from . import with_torch
+        yield
     except (ImportError, OSError) as error:
         raise EnvironmentFaultError(
             f"{before}torch cannot be loaded: {show(error)}; free memory if there is too little, "
             "or install it anew, and run the same command again"
         ) from error
-    return with_torch
 
 
 def _has_driver() -> bool:

@@ -23,8 +23,10 @@ __all__ = ["SourceReader"]
 # Transient errors of network disks, and how long to wait before each new attempt. Descriptors are
 # free again when other threads have read.
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
-_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET)
-_PASSING += _NO_DESCRIPTORS
+_PASSING = (
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET),
+    *_NO_DESCRIPTORS,
+)
 _PAUSES_S = (0.5, 2.0, 8.0)
 _LEAST_OPEN, _MOST_OPEN = 4, 64
 _SHARE = 8  # of the descriptors that a process may have
