@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from .errors import EnvironmentFaultError, MoeCkptError, show
 
-__all__ = ["environment_faults", "fault_of"]
+__all__ = ["cause_of", "environment_faults", "fault_of", "not_loaded"]
 
 _AGAIN = "run the same command again"
 _TOO_MANY = (errno.EMFILE, errno.ENFILE)
@@ -44,13 +44,27 @@ def fault_of(error: Exception) -> EnvironmentFaultError | None:
         mend = "raise the limit (ulimit -n)" if error.errno in _TOO_MANY else "mend this"
         return EnvironmentFaultError(f"{name}{error.strerror or show(error)}; {mend} and {_AGAIN}")
     if isinstance(error, ImportError) and not (error.name or "").startswith("moe_ckpt"):
-        return EnvironmentFaultError(
-            f"{show(error.name or 'a library')}: cannot be loaded: {show(error)}; free memory if "
-            f"there is too little, or install it anew, and {_AGAIN}"
-        )
+        name = getattr(cause_of(error), "name", None) or error.name or "a library"
+        return not_loaded(name.partition(".")[0], error)
     if isinstance(error, RuntimeError):
         return _of_a_library(error)
     return None
+
+
+def not_loaded(name: str, error: Exception, before: str = "") -> EnvironmentFaultError:
+    """What to say of a library that cannot be loaded; ``before`` is what was tried before it."""
+    return EnvironmentFaultError(
+        f"{before}{show(name)} cannot be loaded: {show(cause_of(error))}; free memory if there is "
+        f"too little, or install it anew, and {_AGAIN}"
+    )
+
+
+def cause_of(error: Exception) -> BaseException:
+    """Why a library cannot be loaded, as the system says it: libraries say it in many words."""
+    cause: BaseException = error
+    while isinstance(deeper := cause.__cause__ or cause.__context__, ImportError | OSError):
+        cause = deeper
+    return cause
 
 
 def _of_a_library(error: RuntimeError) -> EnvironmentFaultError | None:

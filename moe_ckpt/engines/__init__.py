@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import EnvironmentFaultError, UsageError, show
+from ..faults import cause_of, not_loaded
 from .engine import Backend, Engine, host_items
 
 __all__ = ["Backend", "Engine", "backend_for", "host_items"]
@@ -37,16 +38,21 @@ def backend_for(device: str) -> Backend:
             raise EnvironmentFaultError(
                 f"device {device}: torch finds {count} CUDA devices; use --device cpu"
             )
+    missing: Exception
     try:
         from . import with_numba
     except (ImportError, OSError) as error:  # not there, not for this numpy, without its LLVM
-        why = f"numba cannot be used ({show(error)}); torch does the arithmetic, slower"
-        with _loading_torch(f"numba cannot be used ({show(error)}), and "):
-            from . import with_torch
-        if isinstance(error, ImportError) and error.name == "numba":
-            why = "numba is not installed; with moe-ckpt[fast] a CPU converts several times faster"
-        return with_torch.backend("cpu", why)
-    return with_numba.backend()
+        missing = error
+    else:
+        return with_numba.backend()
+    unusable = f"numba cannot be used ({show(cause_of(missing))})"
+    with _loading_torch(f"{unusable}, and "):
+        from . import with_torch
+    if isinstance(missing, ImportError) and missing.name == "numba":
+        why = "numba is not installed; with moe-ckpt[fast] a CPU converts several times faster"
+    else:
+        why = f"{unusable}; torch does the arithmetic, slower"
+    return with_torch.backend("cpu", why)
 
 
 @contextmanager
@@ -55,10 +61,7 @@ def _loading_torch(before: str = "") -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError) as error:
-        raise EnvironmentFaultError(
-            f"{before}torch cannot be loaded: {show(error)}; free memory if there is too little, "
-            "or install it anew, and run the same command again"
-        ) from error
+        raise not_loaded("torch", error, before) from error
 
 
 def _has_driver() -> bool:
