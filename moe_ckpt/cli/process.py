@@ -56,7 +56,7 @@ def run(command: Callable[..., Any]) -> int:
     except MoeCkptError as error:
         ignore_signals()
         return _fail(error)
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # click makes the second of the first
         close_stdout()  # who reads it has enough
         return 0
     except OSError as error:

@@ -8,7 +8,6 @@ made of sizes that config.json names.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -108,12 +107,15 @@ def detect(
             f"no routed experts found; family {family.name} stores them as {_forms(family)}",
         )
     experts: list[Experts] = []
+    of_layers: dict[str, list[Container]] = {}
     for container in containers:
-        experts += problems.catch(partial(container.check, packing)) or []
+        of_layers.setdefault(container.layer, []).append(container)
+    for forms in of_layers.values():
+        if len(forms) > 1:
+            problems.add(LayoutError, _two_forms(forms, packing))
+        else:
+            experts += problems.catch(partial(forms[0].check, packing)) or []
     problems.catch(lambda: refuse_contradictions(experts, given))
-    for layer, count in Counter(container.layer for container in containers).items():
-        if count > 1:
-            problems.add(LayoutError, f"{show(layer)}: has its experts in two forms")
     refuse_disagreement(experts, problems)
     layers = {group.layer for group in containers}
     stacks = frozenset(map(stack_of, layers))
@@ -129,6 +131,24 @@ def detect(
         num_layers=num_layers,
         warnings=warnings,
     )
+
+
+def _two_forms(forms: list[Container], packing: str) -> str:
+    """What to say of experts of one layer in several forms: what is a part of some comes first."""
+    forms = sorted(forms, key=lambda form: _is_whole(form, packing))
+    *strays, whole = forms
+    what = show_some(name for form in strays for name in form.names)
+    return (
+        f"{show(whole.layer)}: has its experts in two forms: {what}, and {show_some(whole.names)}; "
+        "which of them count cannot be told. Remove those that are stale"
+    )
+
+
+def _is_whole(form: Container, packing: str) -> bool:
+    try:
+        return bool(form.check(packing))
+    except LayoutError:
+        return False
 
 
 def _family_of(
