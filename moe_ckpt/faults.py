@@ -35,7 +35,9 @@ def fault_of(error: Exception) -> EnvironmentFaultError | None:
     ('out: No space left on device; mend this and run the same command again',)
     >>> fault_of(ValueError("ours"))
     """
-    if isinstance(error, MemoryError):
+    # Python loses the exception where there is no memory for it.
+    is_lost = isinstance(error, SystemError) and "exception" in str(error)
+    if isinstance(error, MemoryError) or is_lost:
         return EnvironmentFaultError(
             f"memory ran out; free some, or pass a smaller --memory, and {_AGAIN}"
         )
@@ -44,8 +46,7 @@ def fault_of(error: Exception) -> EnvironmentFaultError | None:
         mend = "raise the limit (ulimit -n)" if error.errno in _TOO_MANY else "mend this"
         return EnvironmentFaultError(f"{name}{error.strerror or show(error)}; {mend} and {_AGAIN}")
     if isinstance(error, ImportError) and not (error.name or "").startswith("moe_ckpt"):
-        name = getattr(cause_of(error), "name", None) or error.name or "a library"
-        return not_loaded(name.partition(".")[0], error)
+        return not_loaded((error.name or "a library").partition(".")[0], error)
     if isinstance(error, RuntimeError):
         return _of_a_library(error)
     return None
