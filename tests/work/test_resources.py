@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from kit.files import FIXTURES, read_tensors
-from safetensors import serialize_file
+from kit.files import FIXTURES
+from safetensors.torch import load_file, save_file
 
 from bench.checkpoints import Model, write
 
@@ -65,13 +65,13 @@ def test_few_files_are_open_at_once(tmp_path):
     """A shard for each tensor: the limit is for libraries and the output as well."""
     source, weight_map = tmp_path / "in", {}
     source.mkdir()
-    for number, (name, tensor) in enumerate(read_tensors(FIXTURES / "qwen3_moe" / "hub").items()):
-        weight_map[name] = f"model-{number:05}.safetensors"
-        entry = {"dtype": tensor.dtype, "shape": tensor.shape, "data": tensor.data}
-        serialize_file({name: entry}, source / weight_map[name])
+    for path in (FIXTURES / "qwen3_moe" / "hub").glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            weight_map[name] = f"model-{len(weight_map):05}.safetensors"
+            save_file({name: tensor}, source / weight_map[name])
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     shutil.copy(SOURCE / "config.json", source)
-    few = {resource.RLIMIT_NOFILE: (32, 32)}
+    few = {resource.RLIMIT_NOFILE: (24, 24)}
     options = ("--format", "fp8-channel", "--max-shard-size", "6KB", "--workers", 4)
     for args in (
         ("convert", source, tmp_path / "out", *options),
@@ -81,7 +81,7 @@ def test_few_files_are_open_at_once(tmp_path):
         done = limited(few, *args, "-q")
         assert (done.returncode, done.stderr) == (0, "")
     assert len(weight_map) > 64
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 32
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 24
 
 
 def test_without_threads_it_says_so(tmp_path):
