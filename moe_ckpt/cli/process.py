@@ -69,12 +69,21 @@ def run(command: Callable[..., Any]) -> int:
     except Exception as error:  # noqa: BLE001  any other exception is a bug to report
         if fault := fault_of(error):
             return _fail(fault)
+        print_error(f"this is a bug in moe-ckpt; please report it with {_log_of(error)}")
+        return 1
+
+
+def _log_of(error: Exception) -> str:
+    """Where the traceback is, or where the error comes from if it can be written nowhere."""
+    try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="moe-ckpt-", suffix=".log", delete=False
         ) as log:
-            log.write(traceback.format_exc())
-        print_error(f"this is a bug in moe-ckpt; please report it with the log {log.name}")
-        return 1
+            log.write("".join(traceback.format_exception(error)))
+    except OSError:
+        *_, last = traceback.extract_tb(error.__traceback__)
+        return f"{last.filename}, line {last.lineno}: {show(repr(error))}"
+    return f"the log {log.name}"
 
 
 def _fail(error: MoeCkptError) -> int:

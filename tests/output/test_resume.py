@@ -635,6 +635,27 @@ def test_what_comes_in_mid_run_is_not_replaced(
     assert tree(out) == tree(tmp_path / "whole")
 
 
+def test_what_comes_at_the_last_moment_is_not_ours(source, tmp_path, monkeypatch):
+    """Between the record and the name: were it still recorded, the next run would remove it."""
+    out, real = tmp_path / "out", os.link
+    name = [shard.name for shard in moe_ckpt.make_plan(source, **SHARDS).shards][2]
+
+    def link(partial, final):
+        if final == out / name:
+            final.write_text("mine")
+        real(partial, final)
+
+    monkeypatch.setattr(os, "link", link)
+    done = convert_here(source, out)
+    assert (done.returncode, f"{name} was put there" in done.stderr) == (4, True)
+    assert name not in read_journal(out).records
+    before = tree(out)
+    for _ in range(2):
+        assert convert_here(source, out).returncode == 4
+        assert tree(out) == before
+    assert before[name] == b"mine"
+
+
 LOSSES = {
     "removed": lambda journal: journal.unlink(),
     "cut": lambda journal: os.truncate(journal, 0),
