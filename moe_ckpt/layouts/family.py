@@ -118,6 +118,8 @@ class Form:
 class Family:
     """Model types that store their experts alike; what a row leaves out is most families' way.
 
+    ``roots``: what released checkpoints have before ``layers.0`` (or ``blocks.0``) of the text
+        model, the most usual first; '' where they have nothing. Runtimes read these.
     ``split``: path from the layer to the experts, of the per-expert form, which is the form that
         is written: ``{layer}.{split}.{e}.{projection}.weight``.
     ``projections``: the names of gate, up and down in that form; of up and down without a gate.
@@ -143,6 +145,7 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]
+    roots: tuple[str, ...] = ("model.",)
     split: str = "mlp.experts"
     projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     forms: tuple[Form, ...] = (Form("fused", "mlp.experts", ("gate_up_proj", "down_proj")),)

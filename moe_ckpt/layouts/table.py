@@ -28,18 +28,26 @@ _MLP = Form("fused", "mlp.experts", GATE_UP_PROJ)
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="qwen_moe",
-        model_types=("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
-        in_tensorrt_llm=("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
+        model_types=("qwen2_moe", "qwen3_moe", "qwen3_next"),
+        in_tensorrt_llm=("qwen2_moe", "qwen3_moe", "qwen3_next"),
         checked="export",
+    ),
+    Family(
+        name="qwen3_5_moe",
+        model_types=("qwen3_5_moe", "qwen3_5_moe_text"),
+        roots=("model.language_model.", "model."),
+        in_tensorrt_llm=("qwen3_5_moe", "qwen3_5_moe_text"),
     ),
     Family(
         name="qwen4_exp",
         model_types=("qwen4_exp", "qwen4_exp_text"),
+        roots=("model.language_model.", "model."),
         not_restorable=(".ngram_embedding.weight",),
     ),
     Family(
         name="qwen3_omni_moe",
         model_types=("qwen3_omni_moe", "qwen3_omni_moe_thinker"),
+        roots=("thinker.model.", "model."),
         forms=(),
         prefixes=(
             ("thinker.model.language_model.", "thinker.model."),
@@ -50,6 +58,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="qwen3_vl_moe",
         model_types=("qwen3_vl_moe", "qwen3_vl_moe_text"),
+        roots=("model.language_model.", "model."),
         in_tensorrt_llm=("qwen3_vl_moe",),
         forms=(_MLP, Form("fused-transposed", "mlp.experts", GATE_UP_PROJ)),
         runtimes=SERVERS,
@@ -63,6 +72,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="deepseek_v4",
         model_types=("deepseek_v4",),
+        roots=("", "model."),
         forms=(),
         split="ffn.experts",
         projections=W1_W3_W2,
@@ -73,6 +83,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="kimi_k25",
         model_types=("kimi_k25",),
+        roots=("language_model.model.",),
         in_tensorrt_llm=("kimi_k25",),
         forms=(),
         # The first three: what transformers writes with save_original_format and should not.
@@ -86,9 +97,10 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="glm4_moe",
-        model_types=("glm4_moe", "glm4_moe_lite", "glm4v_moe"),
+        model_types=("glm4_moe", "glm4_moe_lite"),
         in_tensorrt_llm=("glm4_moe",),
     ),
+    Family(name="glm4v_moe", model_types=("glm4v_moe",), roots=("model.language_model.",)),
     Family(
         name="mlp_experts",
         model_types=("olmoe", "afmoe", "cohere2_moe", "hunyuan_v1_moe", "longcat_flash"),
@@ -181,6 +193,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="glm5_next",
         model_types=("glm5_next",),
+        roots=("model.language_model.",),
         forms=(),
         not_restorable=(".attn_hc.", ".ffn_hc.", ".forget_gate."),
     ),
@@ -204,6 +217,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="minimax_m3",
         model_types=("minimax_m3_vl", "minimax_m3"),
+        roots=("language_model.model.", "model."),
         in_tensorrt_llm=("minimax_m3_vl", "minimax_m3"),
         forms=(),
         split="block_sparse_moe.experts",
@@ -237,6 +251,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="nemotron_h",
         model_types=("nemotron_h",),
+        roots=("backbone.", "model."),
         in_tensorrt_llm=("nemotron_h",),
         split="mixer.experts",
         projections=("up_proj", "down_proj"),
@@ -246,6 +261,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="llama4",
         model_types=("llama4",),
+        roots=("language_model.model.",),
         split="feed_forward.experts",
         forms=(Form("fused-transposed", "feed_forward.experts", GATE_UP_PROJ),),
         runtimes=(VLLM, SGLANG),
@@ -295,6 +311,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="openai_privacy_filter",
         model_types=("openai_privacy_filter",),
+        roots=("",),
         forms=(
             Form(
                 "fused-transposed",
@@ -309,6 +326,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="aria",
         model_types=("aria",),
+        roots=("language_model.model.",),
         forms=(
             Form("fused-transposed", "mlp.experts", ("fc1.weight", "fc2.weight")),
             Form("fused-transposed", "mlp.experts", GATE_UP_PROJ),
@@ -325,6 +343,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="gemma4",
         model_types=("gemma4", "gemma4_text"),
+        roots=("model.language_model.", "model."),
         in_tensorrt_llm=("gemma4", "gemma4_text"),
         split="experts",
         forms=(Form("fused", "experts", GATE_UP_PROJ),),
@@ -333,6 +352,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="diffusion_gemma",
         model_types=("diffusion_gemma",),
+        roots=("model.decoder.",),
         split="experts",
         forms=(Form("fused", "experts", GATE_UP_PROJ),),
         runtimes=(VLLM,),
@@ -382,6 +402,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="dbrx",
         model_types=("dbrx",),
+        roots=("transformer.",),
         split="ffn.experts",
         projections=("w1", "v1", "w2"),
         forms=(Form("flat", "ffn.experts.mlp", ("w1", "v1", "w2")),),
@@ -397,6 +418,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="inkling",
         model_types=("inkling_mm_model",),
+        roots=("model.llm.",),
         forms=(
             Form(
                 "fused",
