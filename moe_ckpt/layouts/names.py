@@ -1,17 +1,100 @@
-"""Names that transformers changes when it saves a model, and how runtimes get them back."""
+"""Names that runtimes read, names that they do not, and how changed ones are got back."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Set
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Set
+from functools import lru_cache
 
 from ..errors import LayoutError, Problems, show_some
 from ..source.headers import TensorInfo
 from .experts import Experts
 from .family import SPLIT, Family
 from .layers import stack_of
+from .roles import set_aside
 
-__all__ = ["refuse_unrestorable", "restore_names"]
+__all__ = ["named_twice", "refuse_unrestorable", "restore_names", "root_of", "unread_names"]
+
+_ROOT = re.compile(r"((?:[^.]+\.)*?)(?:layers|blocks|h)\.[0-9]+\.")
+_HEAD = re.compile(r"((?:[^.]+\.)*?)lm_head\.")
+
+# What wrappers and adapters put into names, and no model has: components of a path.
+WRAPPERS = (
+    "_orig_mod _fsdp_wrapped_module _fpw_module _checkpoint_wrapped_module _forward_module module "
+    "base_layer original_module modules_to_save base_model"
+).split()
+_FOREIGN = re.compile(
+    rf"(?<![^.])(?:{'|'.join(WRAPPERS)}|lora_\w+|(?:ia3|hada|lokr|oft|boft|vera|randlora)_\w+"
+    r"|trainable_tokens_\w+)(?![^.])"
+)
+
+
+def root_of(name: str) -> str | None:
+    """What stands before the layers in the name of a tensor of the text model; None elsewhere.
+
+    >>> root_of("model.layers.0.mlp.gate.weight"), root_of("layers.0.attn.wq.weight")
+    ('model.', '')
+    >>> root_of("model.visual.blocks.0.attn.qkv.weight"), root_of("model.norm.weight")
+    (None, None)
+    """
+    match = _ROOT.match(name)
+    return None if match is None or _is_aside(match[1]) else match[1]
+
+
+@lru_cache(maxsize=1024)
+def _is_aside(root: str) -> bool:
+    return set_aside(root, frozenset(), None) is not None
+
+
+def unread_names(family: Family, names: Iterable[str]) -> list[str]:
+    """Those of the names in a checkpoint that no runtime of the family reads.
+
+    They hold a word of a wrapper or of an adapter, or lie elsewhere than the family's layers and
+    its output head. Parts that are set aside, such as a vision tower, are not judged, nor is what
+    lies in a layer.
+    """
+    begins = {*family.roots, *(new for _, new in family.prefixes)}
+    tops = {begin.partition(".")[0] for begin in begins} | {"lm_head"}
+    heads = {"", *(root[: at.end()] for root in begins for at in re.finditer(r"[^.]+\.", root))}
+    heads -= {*family.roots} - {""}
+
+    def is_read(name: str) -> bool:
+        match = _ROOT.match(name)
+        if match:
+            return match[1] in family.roots or _is_aside(match[1])
+        if "" in family.roots or set_aside(name, frozenset(), None):
+            return True
+        head = _HEAD.match(name)
+        return head[1] in heads if head else name.partition(".")[0] in tops
+
+    return [name for name in names if _FOREIGN.search(name) or not is_read(name)]
+
+
+def named_twice(family: Family, names: Iterable[str]) -> list[tuple[str, str]]:
+    """Layers that are there under two roots, as pairs of names: one too many, and its like.
+
+    A part that shares a few names with the text model, as an encoder may, is not its double.
+
+    >>> from .table import find_family
+    >>> qwen, rest = find_family("qwen3_moe"), "layers.0.mlp.gate.weight"
+    >>> named_twice(qwen, [f"model.{rest}", f"model.language_model.{rest}"])
+    [('model.language_model.layers.0.mlp.gate.weight', 'model.layers.0.mlp.gate.weight')]
+    """
+    by_root: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in names:
+        root = root_of(name)
+        if root is not None:
+            by_root[root][name.removeprefix(root)] = name
+    order = sorted(by_root, key=lambda root: (root not in family.roots, -len(by_root[root])))
+    found: list[tuple[str, str]] = []
+    there: dict[str, str] = {}
+    for root in order:
+        shared = [rest for rest in by_root[root] if rest in there]
+        if 2 * len(shared) >= len(there):
+            found += [(by_root[root][rest], there[rest]) for rest in shared]
+        there = {**by_root[root], **there}
+    return found
 
 
 def refuse_unrestorable(

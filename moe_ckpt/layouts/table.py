@@ -352,7 +352,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="diffusion_gemma",
         model_types=("diffusion_gemma",),
-        roots=("model.decoder.",),
+        roots=("model.decoder.", "model.encoder.language_model."),
         split="experts",
         forms=(Form("fused", "experts", GATE_UP_PROJ),),
         runtimes=(VLLM,),
