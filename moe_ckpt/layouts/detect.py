@@ -37,7 +37,6 @@ _NOT_ROUTED = re.compile(
 )
 _EXPERT = re.compile(r"(^|\.)(local_)?experts?(\.|_\d)")
 _MOE = re.compile(r"experts?|moe|switch_mlp")
-_LORA = re.compile(r"\.lora_\w+(\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +76,6 @@ def detect(
     """
     given = given or Given()
     problems = Problems()
-    lora = [name for name in tensors if ".lora_" in name and _LORA.search(name)]
-    if lora:
-        raise LayoutError(
-            f"{show_some(lora)}: belong to a LoRA adapter; merge it into the model first"
-        )
     family = _family_of(tensors, config, given)
     sizes = sizes_of(config)
     for contradiction in sizes.contradictions:

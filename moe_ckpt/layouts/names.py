@@ -14,20 +14,35 @@ from .family import SPLIT, Family
 from .layers import stack_of
 from .roles import set_aside
 
-__all__ = ["named_twice", "refuse_unrestorable", "restore_names", "root_of", "unread_names"]
+__all__ = ["WRAPPERS", "named_twice", "of_adapters", "refuse_unrestorable", "restore_names"]
+__all__ += ["root_of", "unread_names", "wrapped_names"]
 
 _ROOT = re.compile(r"((?:[^.]+\.)*?)(?:layers|blocks|h)\.[0-9]+\.")
 _HEAD = re.compile(r"((?:[^.]+\.)*?)lm_head\.")
 
-# What wrappers and adapters put into names, and no model has: components of a path.
+# Words of wrappers, and of adapters, that no model has in its names: whole components of a path.
 WRAPPERS = (
     "_orig_mod _fsdp_wrapped_module _fpw_module _checkpoint_wrapped_module _forward_module module "
     "base_layer original_module modules_to_save base_model"
 ).split()
-_FOREIGN = re.compile(
-    rf"(?<![^.])(?:{'|'.join(WRAPPERS)}|lora_\w+|(?:ia3|hada|lokr|oft|boft|vera|randlora)_\w+"
-    r"|trainable_tokens_\w+)(?![^.])"
+_WRAPPER = re.compile(rf"(?<![^.])(?:{'|'.join(WRAPPERS)})(?![^.])")
+_ADAPTER = re.compile(
+    r"(?<![^.])(?:lora|ia3|hada|lokr|oft|boft|vera|randlora|trainable_tokens)_\w+(?![^.])"
 )
+
+
+def of_adapters(names: Iterable[str]) -> list[str]:
+    """The names that hold weights of an adapter, such as LoRA.
+
+    >>> of_adapters(["q_proj.lora_A.default.weight", "q_a_layernorm.weight"])
+    ['q_proj.lora_A.default.weight']
+    """
+    return [name for name in names if _ADAPTER.search(name)]
+
+
+def wrapped_names(names: Iterable[str]) -> list[str]:
+    """The names that hold a word of a wrapper."""
+    return [name for name in names if _WRAPPER.search(name)]
 
 
 def root_of(name: str) -> str | None:
@@ -55,7 +70,7 @@ def unread_names(family: Family, names: Iterable[str]) -> list[str]:
     lies in a layer.
     """
     begins = {*family.roots, *(new for _, new in family.prefixes)}
-    tops = {begin.partition(".")[0] for begin in begins} | {"lm_head"}
+    tops = {begin.partition(".")[0] for begin in begins} | {"lm_head", "score"}
     heads = {"", *(root[: at.end()] for root in begins for at in re.finditer(r"[^.]+\.", root))}
     heads -= {*family.roots} - {""}
 
@@ -68,7 +83,9 @@ def unread_names(family: Family, names: Iterable[str]) -> list[str]:
         head = _HEAD.match(name)
         return head[1] in heads if head else name.partition(".")[0] in tops
 
-    return [name for name in names if _FOREIGN.search(name) or not is_read(name)]
+    names = list(names)
+    foreign = {*wrapped_names(names), *of_adapters(names)}
+    return [name for name in names if name in foreign or not is_read(name)]
 
 
 def named_twice(family: Family, names: Iterable[str]) -> list[tuple[str, str]]:

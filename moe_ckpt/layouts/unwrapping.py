@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import LayoutError, show, show_some
 from ..source.checkpoint import MERGE, Source
 from .family import Family
-from .names import WRAPPERS, named_twice, root_of, unread_names
+from .names import WRAPPERS, named_twice, of_adapters, root_of, unread_names
 from .roles import set_aside
 from .sizes import model_type_of
 from .table import find_family
@@ -31,10 +31,6 @@ _WORD = re.compile(
     + r"))(?:\.|$)"
 )
 _PEFT = re.compile(r"(?:base_model\.model\.)+")
-_ADAPTER = re.compile(
-    r"(?<![^.])(?:lora_\w+|(?:ia3|hada|lokr|oft|boft|vera|randlora)_\w+|trainable_tokens_\w+)(?![^.])"
-)
-
 # Where transformers keeps the text model in a multimodal one: as it did first, and does since 4.52.
 _FIRST, _SINCE = "language_model.model.", "model.language_model."
 
@@ -108,7 +104,7 @@ def unwrap(source: Source) -> Unwrapped:
 
 
 def _refuse_adapters(source: Source) -> None:
-    found = [name for name in source.tensors if _ADAPTER.search(name)]
+    found = of_adapters(source.tensors)
     if found:
         raise LayoutError(
             f"{show_some(found)}: belongs to an adapter, such as LoRA, which changes the weights "
