@@ -27,13 +27,15 @@ from .layers import check_layers, refuse_disagreement, stack_of
 from .names import refuse_unrestorable, restore_names
 from .roles import module_of, set_aside
 from .sizes import Sizes, model_type_of, num_hidden_layers, sizes_of
-from .table import UNSUPPORTED, find_family
+from .table import UNSUPPORTED
+from .wrappers import family_of_config
 
 __all__ = ["Detection", "detect"]
 
 _NOT_ROUTED = re.compile(
     r"(^|\.)(shared_?experts?|share_expert|shared_mlp|self_attn|self_attention)\w*\."
     r"|\.e_score_correction_bias$"  # laguna keeps it under experts
+    r"|\.post_expert_norm\."  # so does muse_spark
 )
 _EXPERT = re.compile(r"(^|\.)(local_)?experts?(\.|_\d)")
 _MOE = re.compile(r"experts?|moe|switch_mlp")
@@ -130,7 +132,7 @@ def _family_of(
 ) -> Family:
     """The row of the table, with what config and user say of it."""
     model_type = model_type_of(config)
-    family = find_family(model_type)
+    family = family_of_config(config)
     if family is not None:
         return with_order(with_layout(family, given), config, given)
     if model_type in UNSUPPORTED:

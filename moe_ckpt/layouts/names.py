@@ -14,18 +14,18 @@ from .family import SPLIT, Family
 from .layers import stack_of
 from .roles import set_aside
 
-__all__ = ["WRAPPERS", "named_twice", "of_adapters", "refuse_unrestorable", "restore_names"]
+__all__ = ["WRAPPER_WORDS", "named_twice", "of_adapters", "refuse_unrestorable", "restore_names"]
 __all__ += ["root_of", "unread_names", "wrapped_names"]
 
 _ROOT = re.compile(r"((?:[^.]+\.)*?)(?:layers|blocks|h)\.[0-9]+\.")
 _HEAD = re.compile(r"((?:[^.]+\.)*?)lm_head\.")
 
 # Words of wrappers, and of adapters, that no model has in its names: whole components of a path.
-WRAPPERS = (
+WRAPPER_WORDS = (
     "_orig_mod _fsdp_wrapped_module _fpw_module _checkpoint_wrapped_module _forward_module module "
     "base_layer original_module modules_to_save base_model"
 ).split()
-_WRAPPER = re.compile(rf"(?<![^.])(?:{'|'.join(WRAPPERS)})(?![^.])")
+_WRAPPER = re.compile(rf"(?<![^.])(?:{'|'.join(WRAPPER_WORDS)})(?![^.])")
 _ADAPTER = re.compile(
     r"(?<![^.])(?:lora|ia3|hada|lokr|oft|boft|vera|randlora|trainable_tokens)_\w+(?![^.])"
 )

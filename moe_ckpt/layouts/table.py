@@ -103,8 +103,51 @@ FAMILIES: tuple[Family, ...] = (
     Family(name="glm4v_moe", model_types=("glm4v_moe",), roots=("model.language_model.",)),
     Family(
         name="mlp_experts",
-        model_types=("olmoe", "afmoe", "cohere2_moe", "hunyuan_v1_moe", "longcat_flash"),
+        model_types=(
+            *("olmoe", "afmoe", "cohere2_moe", "hunyuan_v1_moe", "longcat_flash"),
+            "beam",
+        ),
         in_tensorrt_llm=("afmoe", "hunyuan_v1_moe"),
+    ),
+    Family(
+        name="flint",
+        model_types=("flint",),
+        renames=(("self_attn.sinks", "self_attn.softmax_offset"),),
+        runtimes=(VLLM, TRANSFORMERS),
+    ),
+    Family(
+        name="bailing_hybrid",
+        model_types=("bailing_hybrid",),
+        forms=(),
+        not_restorable=(".self_attn.",),
+    ),
+    Family(
+        name="sarvam_moe",
+        model_types=("sarvam_moe",),
+        forms=(),
+        not_restorable=(".self_attn.",),
+        runtimes=(TRANSFORMERS,),
+    ),
+    Family(
+        name="dots3_note",
+        model_types=("dots3_note",),
+        forms=(),
+        not_restorable=("model.language_model.",),
+    ),
+    Family(
+        name="deepseek_ocr",
+        model_types=("deepseek_ocr2", "unlimited_ocr"),
+        forms=(),
+        not_restorable=("model.language_model.",),
+    ),
+    Family(
+        name="deepseek_vl_v2",
+        model_types=("deepseek_vl_v2", "unlimited-ocr"),
+        roots=("model.", "language.model."),
+        forms=(),
+        runtimes=SERVERS,
+        in_transformers=False,
+        checked="source",
     ),
     Family(
         name="ernie4_5_moe",
@@ -135,7 +178,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="mlp_experts_transformers",
-        model_types=("flex_olmo", "dots1", "mellum", "solar_open"),
+        model_types=("flex_olmo", "dots1", "mellum", "solar_open", "sarvam_mla"),
         runtimes=(TRANSFORMERS,),
     ),
     Family(
@@ -197,7 +240,31 @@ FAMILIES: tuple[Family, ...] = (
         forms=(),
         not_restorable=(".attn_hc.", ".ffn_hc.", ".forget_gate."),
     ),
+    Family(
+        name="hy_v4_vl",
+        model_types=("hy_v4_vl",),
+        not_restorable=("model.language_model.",),
+        instead="transformers alone has the model, and reads its experts fused",
+        runtimes=(),
+    ),
     Family(name="mistral4", model_types=("mistral4",), runtimes=()),
+    Family(
+        name="mistral_large4",
+        model_types=("mistral_large4",),
+        roots=("",),
+        forms=(),
+        split="experts",
+        projections=W1_W3_W2,
+        not_restorable=("model.language_model.",),
+        runtimes=(TRANSFORMERS,),
+    ),
+    Family(
+        name="lara_mini",
+        model_types=("lara_mini",),
+        not_restorable=(".linear_attn.in_proj_qkv.",),
+        instead="transformers alone has the model, and reads its experts fused",
+        runtimes=(),
+    ),
     Family(
         name="mixtral",
         model_types=("mixtral", "minimax", "minimax_m2"),
@@ -233,6 +300,17 @@ FAMILIES: tuple[Family, ...] = (
         split="block_sparse_moe.experts",
         projections=W1_W3_W2,
         not_restorable=(".forget_gate.",),
+    ),
+    Family(
+        name="kimi_k3",
+        model_types=("kimi_k3",),
+        roots=("language_model.model.",),
+        forms=(),
+        split="block_sparse_moe.experts",
+        projections=W1_W3_W2,
+        runtimes=SERVERS,
+        in_transformers=False,
+        checked="source",
     ),
     Family(
         name="lfm2_moe",
@@ -400,6 +478,22 @@ FAMILIES: tuple[Family, ...] = (
         instead="SGLang and TensorRT-LLM read its experts only stacked",
     ),
     Family(
+        name="step3_text",
+        model_types=("step3_text", "step3_vl", "step5", "step5_vl"),
+        split="moe.experts",
+        forms=(
+            Form(
+                "stacked",
+                "moe",
+                ("gate_proj.weight", "up_proj.weight", "down_proj.weight"),
+            ),
+        ),
+        runtimes=(),
+        instead="runtimes read its experts only stacked, unquantized or in FP8",
+        in_transformers=False,
+        checked="source",
+    ),
+    Family(
         name="dbrx",
         model_types=("dbrx",),
         roots=("transformer.",),
@@ -432,10 +526,55 @@ FAMILIES: tuple[Family, ...] = (
         instead="runtimes read its own NVFP4 form, w13_weight with scale and scale2",
         runtimes=(),
     ),
+    Family(
+        name="inkling2",
+        model_types=("inkling2", "inkling2_loop"),
+        roots=("model.llm.",),
+        forms=(Form("fused", "mlp.experts", ("w13_weight", "w2_weight"), order=INTERLEAVED),),
+        not_restorable=("model.language_model.",),
+        instead="transformers alone has the model, and reads its experts fused",
+        runtimes=(),
+    ),
+    Family(
+        name="muse_spark",
+        model_types=("muse_spark",),
+        roots=("model.language_model.",),
+        instead="runtimes read its experts fused, unquantized or in an NVFP4 form of its own",
+        runtimes=(),
+    ),
 )
+
+# Configurations of parts that transformers saves as models of their own, and the whole model.
+_PARTS = {
+    "aria_text": "aria",
+    "deepseek_ocr2_text": "deepseek_ocr2",
+    "diffusion_gemma_text": "diffusion_gemma",
+    "dots3_note_text": "dots3_note",
+    "dots3_note_vision_encoder": "dots3_note",
+    "ernie4_5_vl_moe_text": "ernie4_5_vl_moe",
+    "glm4v_moe_text": "glm4v_moe",
+    "glm5_next_text": "glm5_next",
+    "hy_v4_vl_text": "hy_v4_vl",
+    "inkling_text": "inkling_mm_model",
+    "inkling2_text": "inkling2",
+    "inkling2_loop_text": "inkling2_loop",
+    "minimax_m3_vl_text": "minimax_m3_vl",
+    "mistral_large4_text": "mistral_large4",
+    "muse_spark_text": "muse_spark",
+    "qwen3_omni_moe_talker": "qwen3_omni_moe",
+    "qwen3_omni_moe_talker_text": "qwen3_omni_moe",
+    "qwen3_omni_moe_text": "qwen3_omni_moe",
+    "unlimited_ocr_text": "unlimited_ocr",
+}
 
 # Model types that are known, and cannot be converted.
 UNSUPPORTED: dict[str, str] = {
+    **{
+        part: f"it is a part of {whole}; start from the whole model"
+        for part, whole in _PARTS.items()
+    },
+    "doge": "its experts are rows of two embeddings, down_embed and up_embed, and no matrices",
+    "vitpose_backbone": "its experts are parts of a layer of a vision model, without a gate",
     "switch_transformers": "its experts are wi and wo without a gate; no runtime quantizes them",
     "nllb-moe": "its experts are fc1 and fc2 with biases; no runtime quantizes them",
 }

@@ -18,16 +18,15 @@ from typing import Any
 from ..errors import LayoutError, show, show_some
 from ..source.checkpoint import MERGE, Source
 from .family import Family
-from .names import WRAPPERS, named_twice, of_adapters, root_of, unread_names
+from .names import WRAPPER_WORDS, named_twice, of_adapters, root_of, unread_names
 from .roles import set_aside
-from .sizes import model_type_of
-from .table import find_family
+from .wrappers import family_of_config
 
 __all__ = ["Unwrapped", "unwrap", "without_wrappers"]
 
 _WORD = re.compile(
     r"(?<![^.])(?:(modules_to_save)\.[^.]+|("
-    + "|".join(word for word in WRAPPERS if word not in ("modules_to_save", "base_model"))
+    + "|".join(word for word in WRAPPER_WORDS if word not in ("modules_to_save", "base_model"))
     + r"))(?:\.|$)"
 )
 _PEFT = re.compile(r"(?:base_model\.model\.)+")
@@ -68,7 +67,7 @@ def unwrap(source: Source) -> Unwrapped:
     _refuse_adapters(source)
     old = list(source.tensors)
     new = [without_wrappers(name) for name in old]
-    family = find_family(model_type_of(source.config))
+    family = family_of_config(source.config)
     _refuse_twice(old, new)
     changes: Changes = ()
     if family is not None:

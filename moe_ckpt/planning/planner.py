@@ -19,6 +19,7 @@ from ..dialects import Dialect, dialect_for
 from ..errors import LayoutError, Problems, RecipeError, UsageError, show, show_some
 from ..formats import UNQUANTIZED, find_format
 from ..layouts import Detection, Given, detect
+from ..layouts.config_keys import complete_config
 from ..layouts.unwrapping import Changes, unwrap, without_wrappers
 from ..limits import parse_size
 from ..plan import OutShard, Plan
@@ -121,6 +122,7 @@ class _Planner:
         self.recipe = recipe
         self.dialect = dialect
         self.problems = Problems()
+        self.completed = complete_config(source.config, weights.tensors.keys())
 
     def plan(self, stats: Stats | None, weight_amax: Mapping[str, float]) -> Plan:
         """The plan, from statistics and weight amax; raises `InputError` with all problems."""
@@ -141,7 +143,7 @@ class _Planner:
             )
         problems.check()
         assigned = assign(
-            source.config,
+            self.completed.config,
             self.weights,
             detection,
             choice,
@@ -196,7 +198,11 @@ class _Planner:
             stats_covered=calibration.covered if calibration else 0,
             notes=self._notes(calibration, assigned, formats),
             warnings_by_kind={
-                "files": (*source.warnings, *self.weights.warnings),
+                "files": (
+                    *source.warnings,
+                    *self.weights.warnings,
+                    *self.completed.warnings,
+                ),
                 "layers": detection.warnings,
                 "runtimes": runtime_warnings(
                     detection, self.form, self.dialect, runtimes, tuple(formats), make.part_blocks
@@ -261,6 +267,7 @@ class _Planner:
     ) -> tuple[str, ...]:
         files = self.asked.stats_files
         notes = [*self.source.notes, *(calibration.stats.notes if calibration else ())]
+        notes += self.completed.notes
         if self._lacks_stats and self._carries_input_scales:
             notes.append(
                 "no statistics: quantized modules keep the input scales of the source, those "

@@ -10,7 +10,8 @@ from ...dialects.methods import METHODS
 from ...errors import show
 from ...formats import UNQUANTIZED
 from ...layouts.sizes import model_type_of
-from ...layouts.table import UNSUPPORTED, find_family
+from ...layouts.table import UNSUPPORTED
+from ...layouts.wrappers import family_of_config
 from ...runtimes import RUNTIMES, TRANSFORMERS
 from ..findings import Runtime
 from ..inventory import Inventory
@@ -61,7 +62,7 @@ def _of_family(
 ) -> str:
     """Why a runtime does not read the experts of this model in this form, '' if it does."""
     model_type = model_type_of(subject.config)
-    family = find_family(model_type)
+    family = family_of_config(subject.config)
     if not inventory.experts:
         return ""
     if family is None:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from ...errors import show, show_some
 from ...layouts.names import named_twice, of_adapters, root_of, unread_names, wrapped_names
-from ...layouts.sizes import model_type_of
-from ...layouts.table import find_family
+from ...layouts.wrappers import family_of_config
 from ..findings import ERROR, WARNING, Findings
 from ..subject import Subject
 
@@ -22,7 +21,7 @@ _UNKNOWN = (
 def check_names(subject: Subject, findings: Findings) -> None:
     """Report tensors by whose names no runtime finds them, once for each cause."""
     names = list(subject.source.tensors)
-    family = find_family(model_type_of(subject.config))
+    family = family_of_config(subject.config)
 
     def add(where: str, problem: str, effect: str = _UNKNOWN, grade: str = ERROR) -> None:
         findings.add("structure", show(where), problem, effect, grade)

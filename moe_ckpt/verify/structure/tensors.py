@@ -8,8 +8,7 @@ from collections import Counter, defaultdict
 from ...dialects.dialect import COMPRESSED_TENSORS, MODELOPT
 from ...errors import show, show_some
 from ...layouts.roles import module_of
-from ...layouts.sizes import model_type_of
-from ...layouts.table import find_family
+from ...layouts.wrappers import family_of_config
 from ...source.checkpoint import INDEX
 from ...source.encodings import ENCODINGS, INPUT_NAMES
 from ...source.headers import TensorInfo
@@ -263,7 +262,7 @@ def _check_detection(subject: Subject, inventory: Inventory, findings: Findings)
     detection, config = subject.detection, subject.config
     if detection is not None or findings.found or subject.is_ours:
         return  # a conversion of ours was told what the config leaves open
-    family = find_family(model_type_of(config))
+    family = family_of_config(config)
     is_split = any(found.split for found in inventory.experts.values())
     if family is None or not (is_split and family.reads_split):
         return  # the rules of detection are for sources, which may not be stored so
