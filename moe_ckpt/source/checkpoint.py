@@ -7,6 +7,7 @@ is decided here too.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,8 @@ RECIPE_FILE = "moe-ckpt-recipe.toml"  # in our output: what each module became
 _CONFIG_CAP_NBYTES = 30_000_000
 _INDEX_CAP_NBYTES = 100_000_000
 
-# What to do with an adapter.
+# What PEFT calls the weights of an adapter, and what to do with one.
+_ADAPTER = re.compile(r"adapter_model[^/]*\.(safetensors|bin)")
 MERGE = (
     "merge it into the model first: load both with peft, call merge_and_unload() and "
     "save_pretrained() of the result, and convert that"
@@ -142,12 +144,12 @@ def _refuse_adapter(root: Path) -> None:
         raise CheckpointError(
             f"{ADAPTER_CONFIG}: this is a LoRA adapter without its model; {MERGE}"
         )
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (root / name).exists():
-            raise CheckpointError(
-                f"{name}: is an adapter, such as LoRA, beside the model that it changes; {MERGE}. "
-                f"If these weights have it in them already, remove {name} and {ADAPTER_CONFIG}"
-            )
+    weights = sorted(entry.name for entry in os.scandir(root) if _ADAPTER.fullmatch(entry.name))
+    if weights:
+        raise CheckpointError(
+            f"{show_some(weights)}: is an adapter, such as LoRA, beside the model that it changes; "
+            f"{MERGE}. If these weights have it in them already, remove it and {ADAPTER_CONFIG}"
+        )
 
 
 def _find_shards(root: Path) -> tuple[dict[str, str], list[str]]:
