@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import LayoutError, show, show_some
 from ..source.checkpoint import MERGE, Source
 from .family import Family
-from .names import WRAPPER_WORDS, named_twice, of_adapters, root_of, unread_names
+from .names import WRAPPER_WORDS, named_twice, of_adapters, roots_in, unread_names, wrapped_names
 from .roles import set_aside
 from .wrappers import family_of_config
 
@@ -66,7 +66,8 @@ def unwrap(source: Source) -> Unwrapped:
     """
     _refuse_adapters(source)
     old = list(source.tensors)
-    new = [without_wrappers(name) for name in old]
+    wrapped = {*wrapped_names(old)}
+    new = [without_wrappers(name) if name in wrapped else name for name in old]
     family = family_of_config(source.config)
     _refuse_twice(old, new)
     changes: Changes = ()
@@ -78,7 +79,7 @@ def unwrap(source: Source) -> Unwrapped:
                 "of them counts cannot be told. Remove one of each"
             )
         changes = _changes(family, new, source.config)
-        new = [_changed(name, changes) for name in new]
+        new = [_changed(name, changes) for name in new] if changes else new
     if new == old:
         return Unwrapped(source)
     renamed = {one: other for one, other in zip(old, new, strict=True) if one != other}
@@ -127,7 +128,7 @@ def _refuse_twice(old: Sequence[str], new: Sequence[str]) -> None:
 def _words(renamed: Mapping[str, str], changes: Changes) -> str:
     """What was taken out of names."""
     words: dict[str, None] = {}
-    for name in renamed:
+    for name in wrapped_names(renamed):
         words |= dict.fromkeys(match[1] or match[2] for match in _WORD.finditer(name))
         if _PEFT.match(_WORD.sub("", name)):
             words["base_model.model"] = None
@@ -143,10 +144,10 @@ def _changes(family: Family, names: Sequence[str], config: Mapping[str, Any]) ->
 
     () if they do, or if no change leads to names that are read.
     """
-    roots = {root_of(family.runtime_name(name)) for name in names} - {None}
+    roots = roots_in(map(family.runtime_name, names) if family.prefixes else names)
     if len(roots) != 1 or not roots.isdisjoint(family.roots):
         return ()
-    wrong = next(root for root in roots if root is not None)
+    (wrong,) = roots
     if wrong == "model." or any(part in wrong for part in family.not_restorable):
         return ()  # a text model alone, or what transformers renames further in too
     for right in _roots_by_likelihood(family, config):
