@@ -139,6 +139,8 @@ class Family:
         ModelOpt has none.
     ``instead``: what the user must know about the other runtimes; what works, if none reads
         either form.
+    ``released_as``: the architectures that the runtimes of servers know, where transformers
+        saves another that they do not.
     ``in_transformers``: whether transformers has the model.
     ``checked``: how this row is known to be right, see `CHECKS` in the table.
     """
@@ -158,6 +160,7 @@ class Family:
     in_tensorrt_llm: tuple[str, ...] = ()
     fused_runtimes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     instead: str = ""
+    released_as: tuple[str, ...] = ()
     in_transformers: bool = True
     checked: str = "module"
 
