@@ -15,10 +15,10 @@ from ..runtimes import TRANSFORMERS
 from .compressed_tensors.read import describes, read_compressed, unread_schemes
 from .compressed_tensors.table import SPELLINGS as OF_COMPRESSED_TENSORS
 from .dialect import COMPRESSED_TENSORS, FP8, MODELOPT, Spelling
-from .fp8.read import read_fp8
+from .fp8.read import read_fp8, unread_mixes
 from .fp8.table import CHANNEL, MXFP8
 from .fp8.table import SPELLINGS as OF_FP8
-from .modelopt.read import read_modelopt, unread_algorithms
+from .modelopt.read import foreign_algorithms, read_modelopt, unread_algorithms
 from .modelopt.table import METHOD_NAMES
 from .modelopt.table import SPELLINGS as OF_MODELOPT
 from .others import GPT_OSS, read_fbgemm, read_mxfp4, read_mxfp8
@@ -38,6 +38,7 @@ class QuantMethod:
     ``has_plain_head``: whether runtimes build the output head, and some families' routers, in 16
         bits even if they are not listed.
     ``source_problems``: what a configuration says of ways to quantize that no source is read of.
+    ``unread``: what it says of ways that runtimes know, and nothing here reads.
     ``describes``: whether a configuration can mean a format of the method.
     """
 
@@ -48,6 +49,7 @@ class QuantMethod:
     why_not: Mapping[str, str] = field(default_factory=dict)
     has_plain_head: bool = False
     source_problems: Callable[[Mapping[str, Any]], Sequence[str]] = lambda _said: ()
+    unread: Callable[[Mapping[str, Any]], Sequence[str]] = lambda _said: ()
     describes: Callable[[Mapping[str, Any], str], bool] = lambda _said, _format: True
 
     def spelling_of(self, format_name: str) -> Spelling | None:
@@ -62,7 +64,14 @@ class QuantMethod:
 
 
 _METHODS: tuple[QuantMethod, ...] = (
-    QuantMethod(FP8, OF_FP8, read_fp8, has_plain_head=True),
+    QuantMethod(
+        FP8,
+        OF_FP8,
+        read_fp8,
+        has_plain_head=True,
+        source_problems=unread_mixes,
+        unread=unread_mixes,
+    ),
     QuantMethod("fbgemm_fp8", [CHANNEL], read_fbgemm, has_plain_head=True),
     QuantMethod("mxfp8", [MXFP8], read_mxfp8, has_plain_head=True),
     QuantMethod("mxfp4", [GPT_OSS], read_mxfp4),
@@ -76,12 +85,14 @@ _METHODS: tuple[QuantMethod, ...] = (
             "for weights"
         },
         source_problems=unread_algorithms,
+        unread=foreign_algorithms,
     ),
     QuantMethod(
         COMPRESSED_TENSORS,
         OF_COMPRESSED_TENSORS,
         read_compressed,
         source_problems=unread_schemes,
+        unread=unread_schemes,
         describes=describes,
     ),
 )

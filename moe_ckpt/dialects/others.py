@@ -1,5 +1,7 @@
 """The ``quant_method``s that no dialect here writes: what they hold, and how they are read.
 
+`UNREAD_METHODS` are those that runtimes know and nothing here reads.
+
     method      format       tensors
     fbgemm_fp8  fp8-channel  as in `fp8`
     mxfp8       mxfp8        as in `fp8`
@@ -21,7 +23,22 @@ from .fp8.table import CHANNEL, KEPT, MXFP8
 from .matching import Built
 from .reading import Reading, texts_of
 
-__all__ = ["GPT_OSS", "read_fbgemm", "read_mxfp4", "read_mxfp8"]
+__all__ = ["GPT_OSS", "OWN_TENSORS", "UNREAD_METHODS"]
+__all__ += ["read_fbgemm", "read_mxfp4", "read_mxfp8"]
+
+# Those of vLLM, SGLang (layers/quantization/__init__.py of each) and transformers
+# (quantizers/auto.py) whose tensors have names of their own ...
+OWN_TENSORS = frozenset(
+    "aqlm auto_awq auto_gptq awq awq_marlin bitblas bitnet bitsandbytes eetq gguf gptq "
+    "gptq_marlin higgs hqq moe_wna16 qoq quanto rtn sinq spqr vptq".split()
+)
+# ... and those that may look like what is read here.
+UNREAD_METHODS = OWN_TENSORS.union(
+    "auto-round auto_round blockwise_int8 deepseek_v4_fp8 deepspeedfp experts_int8 fouroversix "
+    "fp_quant gpt_oss_mxfp4 humming inc intel metal minimax_m3_nvfp4 mlx_q4 mlx_q8 modelslim "
+    "mxfp_w4a8 nvfp4 petit_nvfp4 ptpc_fp8 quark quark_int4fp8_moe quark_mxfp4 torchao tpu_int8 "
+    "w4afp8 w8a8_fp8 w8a8_int8".split()
+)
 
 GPT_OSS = Spelling(
     "mxfp4",

@@ -30,6 +30,7 @@ def document(findings: Findings) -> dict[str, Any]:
                 "loads": runtime.loads,
                 "why_not": runtime.why_not,
                 "garbage": runtime.garbage,
+                "unknown": runtime.unknown,
             }
             for runtime in findings.runtimes
         ],
@@ -78,6 +79,8 @@ def lines(findings: Findings, *, quiet: bool = False) -> Iterator[str]:
         return
     for runtime in findings.runtimes:
         verdict = "loads it" if runtime.loads else f"does not load it: {runtime.why_not}"
+        if runtime.unknown:
+            verdict = f"cannot be told: {runtime.unknown}"
         if runtime.loads and runtime.garbage:
             verdict = f"loads it, and computes garbage: {runtime.garbage}"
         yield f"{runtime.name:<14}{verdict}"

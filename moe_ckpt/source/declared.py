@@ -15,6 +15,7 @@ from ..dialects.config import HF_QUANT_CONFIG
 from ..dialects.dialect import COMPRESSED_TENSORS, MODELOPT
 from ..dialects.fp8.table import BLOCKS
 from ..dialects.methods import METHODS
+from ..dialects.others import OWN_TENSORS, UNREAD_METHODS
 from ..errors import CheckpointError, Problems, show_some
 from .checkpoint import Source
 from .files import read_regular
@@ -72,6 +73,31 @@ class Declared:
         is_static = not scheme.get("dynamic") and scheme.get("symmetric", True)
         return True if is_static and number == (8, "float", "tensor") else scheme
 
+    def unread(self, *, is_read: bool) -> list[str]:
+        """What is said of ways to quantize that runtimes know and nothing here reads.
+
+        ``is_read``: whether all quantized weights are of forms that are read. Then words of forms
+        whose tensors look otherwise are wrong, and not unread.
+        """
+        method = self.method
+        if method not in METHODS:
+            is_known = method in UNREAD_METHODS and not (is_read and method in OWN_TENSORS)
+            return [f"quant_method {show_value(method)} cannot be read"] if is_known else []
+        found = [f"{key}: {what} cannot be read" for key, what in self._beyond]
+        if not (is_read and method == COMPRESSED_TENSORS):
+            found += METHODS[method].unread(self.said)
+        return found
+
+    @property
+    def _beyond(self) -> list[tuple[str, str]]:
+        """What is done to weights besides, by its key."""
+        return [
+            (key, what)
+            for key, what in _NOT_READ.items()
+            if (said := self.said.get(key))
+            and not (isinstance(said, dict) and said.get("format") == "dense")
+        ]
+
     def refuse_unread(self, problems: Problems) -> None:
         """Report what is said of ways to quantize that cannot be read."""
         method, said = self.method, self.said.get("quant_method")
@@ -89,9 +115,8 @@ class Declared:
                 f"{self.where}: weight_block_size is {show_value(block)}; only [128, 128] and MX's "
                 "[1, 32] can be read",
             )
-        for key, what in _NOT_READ.items():
-            if self.said.get(key):
-                problems.add(CheckpointError, f"{self.where}: {key}: {what} cannot be read")
+        for key, what in self._beyond:
+            problems.add(CheckpointError, f"{self.where}: {key}: {what} cannot be read")
         for problem in METHODS[method].source_problems(self.said):
             problems.add(CheckpointError, f"{self.where}: {problem}")
 

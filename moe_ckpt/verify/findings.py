@@ -37,16 +37,18 @@ class Runtime(NamedTuple):
     """Whether a runtime loads the checkpoint, and why not, '' if it does.
 
     ``garbage``: what makes it compute garbage, though it loads it; '' if nothing does.
+    ``unknown``: why that cannot be told; '' if it can.
     """
 
     name: str
-    why_not: str
+    why_not: str = ""
     garbage: str = ""
+    unknown: str = ""
 
     @property
     def loads(self) -> bool:
-        """Whether it does."""
-        return not self.why_not
+        """Whether it is known that it does."""
+        return not (self.why_not or self.unknown)
 
 
 class Difference(NamedTuple):

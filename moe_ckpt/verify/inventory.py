@@ -141,6 +141,8 @@ def inventory_of(subject: Subject) -> Inventory:
         if not parts and not plain:
             continue
         module = module_of(name) if name.endswith(".weight") else name.removesuffix("_blocks")
+        if parts and parts[0][1].dtype == "I32" and subject.unread:
+            continue  # integers packed in a way that is not read may look like those that are
         if not parts:
             parts = ((Part("qweight", info.dtype, 1), info),)
         encoded = weights.encoded(name)

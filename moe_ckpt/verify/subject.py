@@ -69,6 +69,18 @@ class Subject:
         return self.journal is not None
 
     @property
+    def unread(self) -> tuple[tuple[str, str], ...]:
+        """What is said of ways to quantize that are not read here, and where.
+
+        What such tensors are is not known, so nothing about them is right or wrong.
+        """
+        is_read = bool(self.weights.encodings) and not (self.found.unread or self.found.orphans)
+        is_read &= not any(of.parts[0].dtype == "I32" for of in self.weights.all_encoded())
+        return tuple(
+            (said.where, reason) for said in self.said for reason in said.unread(is_read=is_read)
+        )
+
+    @property
     def method(self) -> str:
         """The ``quant_method``; '' if nothing is said of quantization."""
         return self.said[0].method if self.said else ""

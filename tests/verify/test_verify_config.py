@@ -517,17 +517,11 @@ def test_wrong_types_in_a_configuration_are_found(said, name):
     assert any(name in problem for problem in problems), problems
 
 
-def test_experts_that_lack_nothing_beside_linear_layers_that_do(tmp_path):
-    """Weights of NVFP4 whose activations stay in 16 bits: experts get scales, the others keep."""
-    with pytest.raises(
-        moe_ckpt.VerifyError, match=r"self_attn\.k_proj\.input_global_scale"
-    ) as error:
-        moe_ckpt.convert(
-            W4A16,
-            tmp_path / "out",
-            format="nvfp4",
-            dialect="compressed-tensors",
-            allow_requantize=True,
-            device="cpu",
-        )
-    assert ".experts." not in str(error.value)
+def test_linear_layers_in_w4a16_beside_experts_with_input_scales_lack_nothing(tmp_path):
+    """A configuration with a group for each: only activations of experts have scales."""
+    out = tmp_path / "out"
+    options = {"format": "nvfp4", "dialect": "compressed-tensors", "allow_requantize": True}
+    moe_ckpt.convert(W4A16, out, device="cpu", **options)
+    findings = verify(out)
+    assert findings.found == []
+    assert findings.counts["matrices in nvfp4-w4a16"] == 8

@@ -82,11 +82,11 @@ def unread_schemes(said: Mapping[str, Any]) -> list[str]:
     """What is said of weights of kinds that no source is read of."""
     known = {_kind_and_bits(scheme.weights) for scheme in SCHEMES}
     return [
-        f"{show(where)}: weights of type {show(number[0])} and {show(number[1])} bits in this form "
+        f"{show(where)}: weights of type {show(number[0])} and {show(number[1])} bits{form} "
         "cannot be read; known are symmetric float and int of 4 bits, and of 8 bits that are not "
         "packed"
-        for where, number, is_plain in _groups_in(said)
-        if not is_plain or number not in known
+        for where, number, form in _groups_in(said)
+        if form or number not in known
     ]
 
 
@@ -96,10 +96,10 @@ def describes(said: Mapping[str, Any], format_name: str) -> bool:
     return not numbers or _kind_and_bits(scheme_of(format_name).weights) in numbers
 
 
-def _groups_in(said: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, str], bool]]:
-    """What is said of the weights of each group: where, their kind and bits.
+def _groups_in(said: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, str], str]]:
+    """What is said of the weights of each group: where, their kind and bits, and the form.
 
-    And whether they are symmetric, and packed only if they are of 4 bits.
+    That is '' if they are symmetric, with columns in order, and packed only if they are of 4 bits.
     """
     groups = said.get("config_groups")
     for name, group in groups.items() if isinstance(groups, dict) else ():
@@ -109,8 +109,11 @@ def _groups_in(said: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, str], 
         number = _kind_and_bits(weights)
         stored = group.get("format") or said.get("format")
         is_packed = stored == PACKED and number[0] == "int" and number[1] != "4"
-        is_plain = weights.get("symmetric", True) is True and not is_packed
-        yield f"config_groups.{name}", number, is_plain
+        is_ordered = weights.get("actorder") in (None, False, "weight", "static")
+        form = "" if weights.get("symmetric", True) is True else " with zero points"
+        form += "" if is_ordered else " with columns out of order (actorder)"
+        form += " packed into words" if is_packed else ""
+        yield f"config_groups.{name}", number, form
 
 
 def _kind_and_bits(weights: Mapping[str, Any]) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from ..reading import Reading, require_scale, texts_of
 from .match import fp8_readers
 from .table import BLOCKS, KEPT
 
-__all__ = ["read_fp8", "read_lists"]
+__all__ = ["read_fp8", "read_lists", "unread_mixes"]
 
 _IGNORED = "ignored_layers"
 
@@ -35,6 +35,12 @@ def read_fp8(said: Mapping[str, Any], reading: Reading) -> None:
             f"activation_scheme is {show(said.get('activation_scheme'))}; expected dynamic"
         )
     read_lists(said, found, reading)
+
+
+def unread_mixes(said: Mapping[str, Any]) -> list[str]:
+    """What is said of experts in another format than all else, as NVFP4 beside FP8 blocks."""
+    algo = said.get("moe_quant_algo")
+    return [f"moe_quant_algo {show(algo)} beside FP8 cannot be read"] if algo else []
 
 
 def read_lists(said: Mapping[str, Any], found: str, reading: Reading) -> None:

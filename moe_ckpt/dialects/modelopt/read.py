@@ -10,9 +10,16 @@ from ...formats import find_format, without_input_scale
 from ..matching import Reader, Rule
 from ..reading import Reading, first_of, groups_of, require_scale, texts_of
 from .match import RULES, mixed_readers
-from .table import ALGORITHMS, MIX, READ_IN_SOURCES, algorithm_named, algorithm_of
+from .table import (
+    ALGORITHMS,
+    FOREIGN,
+    MIX,
+    READ_IN_SOURCES,
+    algorithm_named,
+    algorithm_of,
+)
 
-__all__ = ["read_modelopt", "unread_algorithms"]
+__all__ = ["foreign_algorithms", "read_modelopt", "unread_algorithms"]
 
 
 def read_modelopt(said: Mapping[str, Any], reading: Reading) -> None:
@@ -121,13 +128,24 @@ def _check_group(name: str, group: Mapping[str, Any], found: str, reading: Readi
 
 def unread_algorithms(said: Mapping[str, Any]) -> list[str]:
     """What is said of algorithms of which no source is read, those of single layers included."""
-    layers = said.get("quantized_layers")
-    entries = [said, *(layers.values() if isinstance(layers, dict) else ())]
-    algos = [entry.get("quant_algo") for entry in entries if isinstance(entry, Mapping)]
-    unknown = sorted({str(algo).upper() for algo in algos if algo} - READ_IN_SOURCES)
+    unknown = sorted(_algorithms_in(said) - READ_IN_SOURCES)
     if not unknown:
         return []
     return [
         f"quant_algo {show_some(unknown)} cannot be read; known are "
         f"{', '.join(sorted(READ_IN_SOURCES))}. Start from the original release"
     ]
+
+
+def foreign_algorithms(said: Mapping[str, Any]) -> list[str]:
+    """What is said of algorithms of ModelOpt's that nothing here reads."""
+    found = sorted(_algorithms_in(said) & FOREIGN)
+    return [f"quant_algo {', '.join(found)} cannot be read"] if found else []
+
+
+def _algorithms_in(said: Mapping[str, Any]) -> set[str]:
+    """The algorithms that are named, those of single layers included."""
+    layers = said.get("quantized_layers")
+    entries = [said, *(layers.values() if isinstance(layers, dict) else ())]
+    algos = [entry.get("quant_algo") for entry in entries if isinstance(entry, Mapping)]
+    return {str(algo).upper() for algo in algos if algo}

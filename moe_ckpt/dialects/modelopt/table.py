@@ -35,13 +35,23 @@ from ...formats import FORMATS, find_format
 from ...runtimes import SGLANG, TRTLLM, VLLM
 from ..dialect import MODELOPT, Spelling, plain_spelling
 
-__all__ = ["ALGORITHMS", "METHOD_NAMES", "MIX", "PLAIN", "READ_IN_SOURCES", "SPELLINGS"]
+__all__ = ["ALGORITHMS", "FOREIGN", "METHOD_NAMES", "MIX", "PLAIN", "READ_IN_SOURCES", "SPELLINGS"]
 __all__ += ["UNKNOWN_FORMATS", "Algorithm", "algorithm_named", "algorithm_of"]
 
 # The quant_methods that runtimes know as ModelOpt's; sources may have others that begin so.
 METHOD_NAMES = (MODELOPT, *(f"{MODELOPT}_{of}" for of in ("fp4", "fp8", "mixed", "mxfp8")))
 
 MIX = "MIXED_PRECISION"  # the quant_algo of several algorithms
+
+# Algorithms that ModelOpt and TensorRT-LLM know, and nothing here reads (TensorRT-LLM's
+# quantization/mode.py, ModelOpt's export/quant_utils.py).
+FOREIGN = frozenset(
+    "INT8 INT4_AWQ NVFP4_AWQ NVFP4_SVD NVFP4_SVDQUANT W4A16 W4A16_AWQ W4A16_GPTQ W4A16_MXFP4 "
+    "W4A8_AWQ W4A8_CUSTOM W4A8_MXFP4_FP8 W4A8_MXFP4_MXFP8 W4A8_NVFP4_FP8 W4A8_QSERVE_PER_CHANNEL "
+    "W4A8_QSERVE_PER_GROUP W8A16 W8A16_GPTQ W8A8_SQ_PER_CHANNEL W8A8_SQ_PER_TENSOR_PLUGIN "
+    "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN "
+    "W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN".split()
+)
 
 
 @dataclass(frozen=True, slots=True)

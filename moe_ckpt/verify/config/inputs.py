@@ -37,7 +37,8 @@ def check_inputs(
         if found in reading.static:
             _add_bare(next(iter(members.values())), len(members), findings)
     for name in bare:
-        if name in inventory.linears and _read(reading, Built(name, (name,), None)):
+        found = _read(reading, Built(name, (name,), None)) if name in inventory.linears else None
+        if found in reading.static:
             _add_bare(bare[name], 1, findings)
 
 

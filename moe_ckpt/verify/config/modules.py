@@ -13,7 +13,7 @@ from ...errors import show, show_some
 from ...formats import UNQUANTIZED, find_format
 from ...layouts.roles import reason_to_keep
 from ...layouts.sizes import model_type_of
-from ...runtimes import SGLANG, TRANSFORMERS, TRTLLM, VLLM
+from ...runtimes import RUNTIMES, SGLANG, TRANSFORMERS, TRTLLM, VLLM
 from ..findings import Findings, Runtime
 from ..inventory import Inventory, Module
 from ..subject import Subject
@@ -48,6 +48,10 @@ def check_config(subject: Subject, inventory: Inventory, findings: Findings) -> 
 
     If none can, it is checked for all that know such a configuration.
     """
+    if subject.unread:
+        _, reason = subject.unread[0]
+        findings.runtimes += [Runtime(name, unknown=reason) for name in RUNTIMES]
+        return
     runtimes = [_after_scales(r, subject, findings) for r in runtimes_of(subject, inventory)]
     misled = _check(subject, inventory, {r.name for r in runtimes if r.loads}, findings)
     findings.runtimes += [

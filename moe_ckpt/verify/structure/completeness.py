@@ -12,11 +12,15 @@ from ...source.encodings import input_name_of
 from ..inventory import Inventory, Module
 from ..subject import Subject
 
-__all__ = ["experts_problems"]
+__all__ = ["COUNT", "UNLIKE", "experts_problems"]
+
+# What is wrong with an expert: it is missing or too many, or unlike the others of its layer. What
+# else it may be is the role of a tensor that it lacks.
+COUNT, UNLIKE = "count", "unlike"
 
 
-def experts_problems(subject: Subject, inventory: Inventory) -> Iterator[tuple[str, str]]:
-    """Experts that are missing, too many or unlike the others of their layer."""
+def experts_problems(subject: Subject, inventory: Inventory) -> Iterator[tuple[str, str, str]]:
+    """Experts that are missing, too many or unlike the others: where, the problem, its kind."""
     counts = sizes_of(subject.config).experts
     of_model = next(iter(counts)) if len(counts) == 1 else None
     groups = _groups(subject)
@@ -28,6 +32,7 @@ def experts_problems(subject: Subject, inventory: Inventory) -> Iterator[tuple[s
                 yield (
                     f"{name}.{leaf}",
                     f"has {stack.shape[0]} experts, config.json says {counts[said]}={said}",
+                    COUNT,
                 )
         if not experts.split:
             continue
@@ -39,12 +44,13 @@ def experts_problems(subject: Subject, inventory: Inventory) -> Iterator[tuple[s
                 yield (
                     f"{name}.{number}",
                     f"is one expert too many; config.json says {counts[E]}={E}",
+                    COUNT,
                 )
                 continue
             for projection in projections:
                 matrix = f"{name}.{number}.{projection}"
                 if projection not in there and not _is_known_missing(subject, matrix):
-                    yield matrix, f"is missing; the layer has {E} experts"
+                    yield matrix, f"is missing; the layer has {E} experts", COUNT
         for first, last in groups.get(name, [(0, E)]):
             yield from _unlike([m for n, m in experts.split.items() if first <= n < last])
 
@@ -63,7 +69,7 @@ def _is_known_missing(subject: Subject, matrix: str) -> bool:
     return any(name in subject.source.tensors or name in subject.lost for name in names)
 
 
-def _unlike(split: Iterable[Mapping[str, Module]]) -> Iterator[tuple[str, str]]:
+def _unlike(split: Iterable[Mapping[str, Module]]) -> Iterator[tuple[str, str, str]]:
     """Matrices of one projection whose format or shape is not that of most others."""
     by_projection: dict[str, list[Module]] = defaultdict(list)
     for matrices in split:
@@ -79,17 +85,17 @@ def _unlike(split: Iterable[Mapping[str, Module]]) -> Iterator[tuple[str, str]]:
                 yield (
                     module.name,
                     f"has shape {list(module.shape)}; the other experts have {list(shape)}",
+                    UNLIKE,
                 )
             elif _form(module) != form:
                 gone = find_format(module.format).same_weights_as == form[0]
                 scale = input_name_of(module.what)
                 if gone or (form[1] and not _form(module)[1]):
-                    yield f"{module.name}.{scale}", "is missing; the other experts have one"
+                    missing = "is missing; the other experts have one"
+                    yield f"{module.name}.{scale}", missing, "input_scale"
                 else:
-                    yield (
-                        module.name,
-                        f"is {module.format}; the other experts are {form[0]}",
-                    )
+                    unlike = f"is {module.format}; the other experts are {form[0]}"
+                    yield module.name, unlike, UNLIKE
 
 
 def _form(module: Module) -> tuple[str, bool]:

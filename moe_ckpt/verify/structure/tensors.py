@@ -12,10 +12,10 @@ from ...layouts.wrappers import family_of_config
 from ...source.checkpoint import INDEX
 from ...source.encodings import ENCODINGS, INPUT_NAMES
 from ...source.headers import TensorInfo
-from ..findings import Findings
+from ..findings import UNCHECKED, WARNING, Findings
 from ..inventory import Inventory
 from ..subject import Subject
-from .completeness import experts_problems
+from .completeness import COUNT, UNLIKE, experts_problems
 from .diagnosis import diagnose, stem_of
 
 __all__ = ["check_structure"]
@@ -36,7 +36,11 @@ _EFFECTS = {
     "input_scale": "vLLM takes what memory held for NVFP4 and 1.0 for FP8, SGLang takes 1.0: "
     "nothing is said, and all experts of the layer get the largest",
     "leftover": "some runtimes stop at a name that they do not know, others drop it",
+    COUNT: "vLLM leaves what memory held in an expert that is missing, and drops one that is too "
+    "many; others stop",
+    UNLIKE: "runtimes hold the experts of a layer in one tensor: they stop, or weights are wrong",
 }
+_NOT_READ = "whether its weights and scales are right, and what loads it, is not known here"
 _STOPS = "runtimes build the model from config.json, and stop where the shapes do not fit"
 
 
@@ -44,19 +48,16 @@ def check_structure(subject: Subject, inventory: Inventory, findings: Findings) 
     """Check a checkpoint that was opened, beyond what opening it found."""
     _count(subject, inventory, findings)
     _check_index(subject, findings)
-    _check_weights(subject, inventory, findings)
-    _check_leftovers(subject, inventory, findings)
+    for where, reason in subject.unread:
+        findings.add("structure", show(where), reason, _NOT_READ, UNCHECKED)
+    if not subject.unread:
+        _check_weights(subject, inventory, findings)
+        _check_leftovers(subject, inventory, findings)
+        for name, problem, kind in experts_problems(subject, inventory):
+            _add(findings, name, problem, _EFFECTS[kind])
+        _check_detection(subject, inventory, findings)
     _check_alike(inventory, findings)
     _check_ranks(subject, inventory, findings)
-    for name, problem in experts_problems(subject, inventory):
-        _add(
-            findings,
-            name,
-            problem,
-            "vLLM leaves what memory held in an expert that is missing, and drops one that is too "
-            "many; experts of one layer that differ in form make runtimes stop",
-        )
-    _check_detection(subject, inventory, findings)
 
 
 def _add(findings: Findings, where: str, problem: str, effect: str) -> None:
@@ -121,12 +122,13 @@ def _check_index(subject: Subject, findings: Findings) -> None:
     nbytes = sum(info.nbytes for info in tensors.values())
     total = metadata.get("total_size")
     if total is not None and total != nbytes and not subject.lost:
-        _add(
-            findings,
+        findings.add(
+            "structure",
             INDEX,
             f"total_size is {show(total)}; all tensors together have {nbytes} bytes",
             "runtimes do not read it; tools that plan memory or downloads by it are wrong, and the "
             "index may be that of other shards",
+            WARNING,
         )
 
 
