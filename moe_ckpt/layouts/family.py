@@ -142,6 +142,8 @@ class Family:
     ``released_as``: the architectures that the runtimes of servers know, where transformers
         saves another that they do not.
     ``in_transformers``: whether transformers has the model.
+    ``renamed_in_transformers``: whether it builds linear layers under other names than the
+        checkpoint's, which no list of what is quantized reaches: it loads the model unquantized.
     ``checked``: how this row is known to be right, see `CHECKS` in the table.
     """
 
@@ -162,6 +164,7 @@ class Family:
     instead: str = ""
     released_as: tuple[str, ...] = ()
     in_transformers: bool = True
+    renamed_in_transformers: bool = False
     checked: str = "module"
 
     @property

@@ -124,6 +124,7 @@ FAMILIES: tuple[Family, ...] = (
             "BailingMoeV2_5ForCausalLM",
             "BailingMoeV3ForCausalLM",
         ),
+        renamed_in_transformers=True,
     ),
     Family(
         name="sarvam_moe",
@@ -131,6 +132,7 @@ FAMILIES: tuple[Family, ...] = (
         forms=(),
         not_restorable=(".self_attn.",),
         released_as=("SarvamMoEForCausalLM",),
+        renamed_in_transformers=True,
     ),
     Family(name="sarvam_mla", model_types=("sarvam_mla",), released_as=("SarvamMLAForCausalLM",)),
     Family(
@@ -139,6 +141,7 @@ FAMILIES: tuple[Family, ...] = (
         forms=(),
         not_restorable=("model.language_model.",),
         released_as=("Dots3NoteForCausalLM",),
+        renamed_in_transformers=True,
     ),
     Family(
         name="deepseek_ocr",
@@ -149,6 +152,7 @@ FAMILIES: tuple[Family, ...] = (
             "DeepseekOCR2ForCausalLM",
             "UnlimitedOCRForCausalLM",
         ),
+        renamed_in_transformers=True,
     ),
     Family(
         name="deepseek_vl_v2",
@@ -267,6 +271,7 @@ FAMILIES: tuple[Family, ...] = (
         projections=W1_W3_W2,
         not_restorable=("model.language_model.",),
         runtimes=(TRANSFORMERS,),
+        renamed_in_transformers=True,
     ),
     Family(
         name="lara_mini",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from kit.command import run_here
 from kit.expert_layouts import load, matrices_of, pack, write
-from kit.files import read_json
+from kit.files import FIXTURES, read_json, write_headers
 
 import moe_ckpt
 from moe_ckpt.layouts import detect
 from moe_ckpt.layouts.wrappers import WRAPPERS, family_of_config
 from moe_ckpt.source.checkpoint import open_source
 
+HEADERS = json.loads((FIXTURES / "layout-headers.json").read_text())
+SERVERS = ("vLLM", "SGLang")
 E, I, H = 4, 32, 64
 NAMES = ("gate_proj", "up_proj", "down_proj")
 
@@ -140,3 +144,25 @@ def test_servers_know_the_architecture_of_the_release(tmp_path, model_type):
     released = saved | {"architectures": [family.released_as[0]]}
     assert {"vLLM", "SGLang"} <= {*family_of_config(released).runtimes} == {*family.runtimes}
     assert family_of_config(saved).runtimes == ("transformers",)
+
+
+@pytest.mark.parametrize("name", ["bailing_hybrid", "dots3_note"])
+def test_what_loads_of_a_model_that_transformers_names_otherwise(tmp_path, name):
+    """Only in bf16: what is quantized and what is not is said in the checkpoint's names."""
+    saved = HEADERS[name]["A"]
+    released = family_of_config({"model_type": name}).released_as[0]
+    for architecture, servers in ((saved["config"]["architectures"][0], ()), (released, SERVERS)):
+        config = saved["config"] | {"architectures": [architecture]}
+        folder = tmp_path / architecture
+        write_headers(folder / "in", {"model.safetensors": saved["header"]}, config)
+        for number_format, runtimes in (
+            ("bf16", (*servers, "transformers")),
+            ("fp8-channel", servers),
+        ):
+            out = folder / number_format
+            done = run_here("convert", folder / "in", out, "--format", number_format)
+            assert done.returncode == 0, done.stderr
+            assert ("config.json names an architecture" in done.stderr) == (not servers)
+            document = json.loads(run_here("verify", out, "--json").stdout)
+            loads = [found["name"] for found in document["runtimes"] if found["loads"]]
+            assert loads == list(runtimes)
