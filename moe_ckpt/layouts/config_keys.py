@@ -8,11 +8,11 @@ key is restored; else the user is told. What each runtime asks for is from the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import json
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import show_some
 from .sizes import EXPERTS_KEYS, model_type_of
 from .wrappers import TEXT_CONFIGS
 
@@ -46,13 +46,14 @@ class Key:
     """A key that the config of some model types needs.
 
     ``value`` is of a `Model` that lacks the key: None if it is not needed there, and `UNKNOWN`
-    if nothing tells it.
+    if nothing tells it. ``part`` is where the key belongs: '' beside the experts' sizes.
     """
 
     name: str
     model_types: tuple[str, ...]
     value: Callable[[Model], Any]
     runtimes: str = "vLLM and SGLang ask"
+    part: str = ""
 
 
 UNKNOWN = object()
@@ -99,12 +100,24 @@ def _width(model: Model) -> Any:
     return model.config.get("moe_intermediate_size", UNKNOWN)
 
 
+def _deepstack(model: Model) -> Any:
+    """The layers of a vision part whose output the text model reads early: none in Qwen3.5."""
+    return UNKNOWN if model.has(".deepstack_merger_list.") else []
+
+
 def _moe_layers(model: Model) -> Any:
     return [kind == "sparse" for kind in model.layers("mlp_layer_types")] or UNKNOWN
 
 
 KEYS: tuple[Key, ...] = (
     Key("full_attention_interval", _QWEN, _interval, "SGLang asks"),
+    Key(
+        "deepstack_visual_indexes",
+        ("qwen3_5_moe",),
+        _deepstack,
+        "SGLang asks",
+        part="vision_config",
+    ),
     Key("topk_method", _SIGMOID_V3, _with(_BIAS, "noaux_tc")),
     Key("scoring_func", _SIGMOID_V3, _always("sigmoid")),
     Key("scoring_func", ("deepseek_v2",), _always("softmax"), "SGLang asks"),
@@ -139,53 +152,43 @@ def complete_config(config: Mapping[str, Any], names: Collection[str]) -> Comple
         config: the source's config.json.
         names: of the source's tensors.
     """
-    added: dict[str, Any] = {}
+    text = _where(config)
+    notes: list[str] = []
     unknown: list[str] = []
-    path = _where(config)
-    part: Any = config
-    for step in path:
-        part = part[step]
-    model_type = model_type_of(part) or model_type_of(config)
-    model = Model(part, names)
-    for key in _missing(part, model_type):
-        value = key.value(model)
+    whole = config
+    for key in KEYS:
+        at = key.part or text
+        part = config.get(at) if at else config
+        if not isinstance(part, Mapping) or part.get(key.name) is not None:
+            continue
+        model_types = (model_type_of(config), "" if key.part else model_type_of(part))
+        if not any(model_type in key.model_types for model_type in model_types):
+            continue
+        value = key.value(Model(part, names))
         if value is UNKNOWN:
             unknown.append(f"{key.name} ({key.runtimes} for it)")
         elif value is not None:
-            added[key.name] = value
-    told = ", ".join(f"{name} {value}" for name, value in added.items())
+            notes.append(f"{key.name} {json.dumps(value)}")
+            whole = _put(whole, at, key.name, value)
+    told = (
+        f"config.json lacks {', '.join(unknown)}, and the rest does not tell its value; take it "
+        "from the config.json of the release"
+    )
     return CompletedConfig(
-        _put(config, path, added),
-        (f"config.json gets back keys that runtimes ask for: {told}",) if added else (),
-        (
-            f"config.json of {model_type} lacks {show_some(unknown)}, and the rest does not tell "
-            "its value; take it from the config.json of the release",
-        )
-        if unknown
-        else (),
+        whole,
+        (f"config.json gets back keys that runtimes ask for: {', '.join(notes)}",) * bool(notes),
+        (told,) * bool(unknown),
     )
 
 
-def _missing(part: Mapping[str, Any], model_type: str) -> Iterator[Key]:
-    for key in KEYS:
-        if model_type in key.model_types and part.get(key.name) is None:
-            yield key
-
-
-def _where(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The keys that lead to the part with the experts."""
+def _where(config: Mapping[str, Any]) -> str:
+    """The key of the part with the experts, '' if they are not in a part."""
     for key in TEXT_CONFIGS:
         part = config.get(key)
-        if isinstance(part, dict) and any(part.get(name) for name in EXPERTS_KEYS):
-            return (key,)
-    return ()
+        if isinstance(part, Mapping) and any(part.get(name) for name in EXPERTS_KEYS):
+            return key
+    return ""
 
 
-def _put(
-    config: Mapping[str, Any], path: tuple[str, ...], added: Mapping[str, Any]
-) -> Mapping[str, Any]:
-    if not added:
-        return config
-    if not path:
-        return {**config, **added}
-    return {**config, path[0]: _put(config[path[0]], path[1:], added)}
+def _put(config: Mapping[str, Any], at: str, name: str, value: Any) -> Mapping[str, Any]:
+    return {**config, at: _put(config[at], "", name, value)} if at else {**config, name: value}

@@ -116,9 +116,16 @@ def detect(
     routed = {(found.num_experts, found.hidden) for found in experts}
     warnings = check_layers(tensors, layers, routed, num_layers, problems)
     problems.check()
+    model_type = model_type_of(config)
+    if not model_type and family.model_types[0]:
+        model_type = family.model_types[0]
+        warnings += (
+            f"config.json names no model_type, which runtimes ask for: that of its text model, "
+            f"{show(model_type)}, tells how experts are stored",
+        )
     return Detection(
         family=family,
-        model_type=model_type_of(config),
+        model_type=model_type,
         experts=tuple(experts),
         renamed=restore_names(family, experts, tensors),
         stacks=stacks,

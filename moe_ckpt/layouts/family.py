@@ -139,7 +139,11 @@ class Family:
         ModelOpt has none.
     ``instead``: what the user must know about the other runtimes; what works, if none reads
         either form.
+    ``released_as``: the architectures that the runtimes of servers know, where transformers
+        saves another that they do not.
     ``in_transformers``: whether transformers has the model.
+    ``renamed_in_transformers``: whether it builds linear layers under other names than the
+        checkpoint's, which no list of what is quantized reaches: it loads the model unquantized.
     ``checked``: how this row is known to be right, see `CHECKS` in the table.
     """
 
@@ -158,7 +162,9 @@ class Family:
     in_tensorrt_llm: tuple[str, ...] = ()
     fused_runtimes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     instead: str = ""
+    released_as: tuple[str, ...] = ()
     in_transformers: bool = True
+    renamed_in_transformers: bool = False
     checked: str = "module"
 
     @property

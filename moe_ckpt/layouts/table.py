@@ -120,25 +120,39 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("bailing_hybrid",),
         forms=(),
         not_restorable=(".self_attn.",),
+        released_as=(
+            "BailingMoeV2_5ForCausalLM",
+            "BailingMoeV3ForCausalLM",
+        ),
+        renamed_in_transformers=True,
     ),
     Family(
         name="sarvam_moe",
         model_types=("sarvam_moe",),
         forms=(),
         not_restorable=(".self_attn.",),
-        runtimes=(TRANSFORMERS,),
+        released_as=("SarvamMoEForCausalLM",),
+        renamed_in_transformers=True,
     ),
+    Family(name="sarvam_mla", model_types=("sarvam_mla",), released_as=("SarvamMLAForCausalLM",)),
     Family(
         name="dots3_note",
         model_types=("dots3_note",),
         forms=(),
         not_restorable=("model.language_model.",),
+        released_as=("Dots3NoteForCausalLM",),
+        renamed_in_transformers=True,
     ),
     Family(
         name="deepseek_ocr",
         model_types=("deepseek_ocr2", "unlimited_ocr"),
         forms=(),
         not_restorable=("model.language_model.",),
+        released_as=(
+            "DeepseekOCR2ForCausalLM",
+            "UnlimitedOCRForCausalLM",
+        ),
+        renamed_in_transformers=True,
     ),
     Family(
         name="deepseek_vl_v2",
@@ -178,7 +192,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="mlp_experts_transformers",
-        model_types=("flex_olmo", "dots1", "mellum", "solar_open", "sarvam_mla"),
+        model_types=("flex_olmo", "dots1", "mellum", "solar_open"),
         runtimes=(TRANSFORMERS,),
     ),
     Family(
@@ -257,6 +271,7 @@ FAMILIES: tuple[Family, ...] = (
         projections=W1_W3_W2,
         not_restorable=("model.language_model.",),
         runtimes=(TRANSFORMERS,),
+        renamed_in_transformers=True,
     ),
     Family(
         name="lara_mini",

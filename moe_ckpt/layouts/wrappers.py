@@ -61,21 +61,35 @@ def family_of_config(config: Mapping[str, Any]) -> Family | None:
     wrapper = next((each for each in WRAPPERS if model_type in each.model_types), None)
     if "model_type" not in config:
         wrapper = _UNNAMED
-    if family is not None or wrapper is None:
-        return family
+    if family is not None:
+        return _as_saved(family, config)
+    if wrapper is None:
+        return None
     parts = (config.get(key) for key in TEXT_CONFIGS)
-    inner = (find_family(model_type_of(part)) for part in parts if isinstance(part, dict))
-    family = next((found for found in inner if found is not None), None)
-    return None if family is None else _within(wrapper, family)
+    named = (model_type_of(part) for part in parts if isinstance(part, dict))
+    found = ((name, family) for name in named if (family := find_family(name)) is not None)
+    name, family = next(found, ("", None))
+    return None if family is None else _within(wrapper, family, model_type or name)
 
 
-def _within(wrapper: Wrapper, family: Family) -> Family:
+def _as_saved(family: Family, config: Mapping[str, Any]) -> Family:
+    """A family for the class that this config names: transformers alone knows its own."""
+    named = config.get("architectures")
+    if not family.released_as or not isinstance(named, list) or not named:
+        return family
+    if any(name in family.released_as for name in named):
+        return family
+    kept = tuple(name for name in family.runtimes if name == TRANSFORMERS)
+    return replace(family, runtimes=kept, in_tensorrt_llm=())
+
+
+def _within(wrapper: Wrapper, family: Family, model_type: str) -> Family:
     """A family as the text model of a wrapper."""
     own = [root.replace("model.language_model.", "model.") for root in family.roots]
     roots = dict.fromkeys(beneath + root for beneath in wrapper.beneath for root in own)
     return replace(
         family,
-        model_types=wrapper.model_types,
+        model_types=(model_type,),
         roots=tuple(roots),
         prefixes=wrapper.prefixes,
         not_restorable=(*family.not_restorable, *wrapper.not_restorable),

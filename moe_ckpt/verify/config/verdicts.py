@@ -71,9 +71,13 @@ def _of_family(
             f": {reason}" if reason else ""
         )
     stacked = {m.format for found in inventory.experts.values() for m in found.stacked.values()}
+    if runtime == TRANSFORMERS and family.renamed_in_transformers and subject.method:
+        return f"it names linear layers of {model_type} otherwise, and reads it unquantized only"
     if not stacked:
         if runtime in family.split_runtimes(model_type):
             return ""
+        if family.released_as and runtime != TRANSFORMERS:
+            return f"it has {model_type} as architecture {family.released_as[0]} only"
         if runtime == TRANSFORMERS and family.in_transformers:
             return f"it reads the experts of {model_type} only fused"
         return family.instead or f"it has no {model_type}"
