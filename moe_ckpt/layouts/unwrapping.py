@@ -20,6 +20,7 @@ from ..source.checkpoint import MERGE, Source
 from .family import Family
 from .names import WRAPPER_WORDS, named_twice, of_adapters, roots_in, unread_names, wrapped_names
 from .roles import set_aside
+from .sizes import model_type_of
 from .wrappers import family_of_config
 
 __all__ = ["Unwrapped", "unwrap", "without_wrappers"]
@@ -68,7 +69,8 @@ def unwrap(source: Source) -> Unwrapped:
     old = list(source.tensors)
     wrapped = {*wrapped_names(old)}
     new = [without_wrappers(name) if name in wrapped else name for name in old]
-    family = family_of_config(source.config)
+    # Of a config.json without a model type nobody knows the names.
+    family = family_of_config(source.config) if model_type_of(source.config) else None
     _refuse_twice(old, new)
     changes: Changes = ()
     if family is not None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ...errors import show, show_some
 from ...layouts.names import named_twice, of_adapters, root_of, unread_names, wrapped_names
+from ...layouts.sizes import model_type_of
 from ...layouts.wrappers import family_of_config
 from ..findings import ERROR, WARNING, Findings
 from ..subject import Subject
@@ -39,7 +40,7 @@ def check_names(subject: Subject, findings: Findings) -> None:
         )
     if wrapped:
         add(wrapped[0], f"has a word of what wrapped the model when it was saved {of(wrapped)}")
-    if family is None:
+    if family is None or not model_type_of(subject.config):
         return
     twice = named_twice(family, names)
     if twice:
