@@ -26,17 +26,18 @@ from .layers import check_layers, refuse_disagreement, stack_of
 from .names import refuse_unrestorable, restore_names
 from .roles import module_of, set_aside
 from .sizes import Sizes, model_type_of, num_hidden_layers, sizes_of
-from .table import UNSUPPORTED, find_family
+from .table import UNSUPPORTED
+from .wrappers import family_of_config
 
 __all__ = ["Detection", "detect"]
 
 _NOT_ROUTED = re.compile(
     r"(^|\.)(shared_?experts?|share_expert|shared_mlp|self_attn|self_attention)\w*\."
     r"|\.e_score_correction_bias$"  # laguna keeps it under experts
+    r"|\.post_expert_norm\."  # so does muse_spark
 )
 _EXPERT = re.compile(r"(^|\.)(local_)?experts?(\.|_\d)")
 _MOE = re.compile(r"experts?|moe|switch_mlp")
-_LORA = re.compile(r"\.lora_\w+(\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +77,6 @@ def detect(
     """
     given = given or Given()
     problems = Problems()
-    lora = [name for name in tensors if ".lora_" in name and _LORA.search(name)]
-    if lora:
-        raise LayoutError(
-            f"{show_some(lora)}: belong to a LoRA adapter; merge it into the model first"
-        )
     family = _family_of(tensors, config, given)
     sizes = sizes_of(config)
     for contradiction in sizes.contradictions:
@@ -122,9 +118,16 @@ def detect(
     routed = {(found.num_experts, found.hidden) for found in experts}
     warnings = check_layers(tensors, layers, routed, num_layers, problems)
     problems.check()
+    model_type = model_type_of(config)
+    if not model_type and family.model_types[0]:
+        model_type = family.model_types[0]
+        warnings += (
+            f"config.json names no model_type, which runtimes ask for: that of its text model, "
+            f"{show(model_type)}, tells how experts are stored",
+        )
     return Detection(
         family=family,
-        model_type=model_type_of(config),
+        model_type=model_type,
         experts=tuple(experts),
         renamed=restore_names(family, experts, tensors),
         stacks=stacks,
@@ -156,7 +159,7 @@ def _family_of(
 ) -> Family:
     """The row of the table, with what config and user say of it."""
     model_type = model_type_of(config)
-    family = find_family(model_type)
+    family = family_of_config(config)
     if family is not None:
         return with_order(with_layout(family, given), config, given)
     if model_type in UNSUPPORTED:

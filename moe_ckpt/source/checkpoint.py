@@ -7,6 +7,7 @@ is decided here too.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,10 +26,18 @@ __all__ += ["pieces_of", "shards_in"]
 # What runtimes look for in a folder, in the source and in the output alike.
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 RECIPE_FILE = "moe-ckpt-recipe.toml"  # in our output: what each module became
 _CONFIG_CAP_NBYTES = 30_000_000
 _INDEX_CAP_NBYTES = 100_000_000
 _PIECE_NBYTES = 4 << 20
+
+# What PEFT calls the weights of an adapter, and what to do with one.
+_ADAPTER = re.compile(r"adapter_model[^/]*\.(safetensors|bin)")
+MERGE = (
+    "merge it into the model first: load both with peft, call merge_and_unload() and "
+    "save_pretrained() of the result, and convert that"
+)
 
 # Weights in other formats: runtimes would find them beside ours, and pickles can run code.
 _OTHER_WEIGHTS = (
@@ -62,6 +71,7 @@ class Source:
     side_files: tuple[SideFile, ...]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def open_source(folder: str | os.PathLike[str]) -> Source:
@@ -83,11 +93,7 @@ def open_source(folder: str | os.PathLike[str]) -> Source:
 
 
 def _open_source(root: Path) -> Source:
-    if not (root / CONFIG).exists() and (root / "adapter_config.json").exists():
-        raise CheckpointError(
-            "adapter_config.json: this is a LoRA adapter without its model; merge it into the "
-            "model first"
-        )
+    _refuse_adapter(root)
     if not os.path.lexists(root / CONFIG):
         raise CheckpointError(
             f"{CONFIG}: is missing in {show(root)}; download it, or give the folder that holds it"
@@ -134,6 +140,22 @@ def _open_source(root: Path) -> Source:
         left_out=tuple(left_out),
         warnings=(*warnings, *more),
     )
+
+
+def _refuse_adapter(root: Path) -> None:
+    """Refuse an adapter without its model, and one that stands beside a model."""
+    if not (root / ADAPTER_CONFIG).exists():
+        return
+    if not (root / CONFIG).exists():
+        raise CheckpointError(
+            f"{ADAPTER_CONFIG}: this is a LoRA adapter without its model; {MERGE}"
+        )
+    weights = sorted(entry.name for entry in os.scandir(root) if _ADAPTER.fullmatch(entry.name))
+    if weights:
+        raise CheckpointError(
+            f"{show_some(weights)}: is an adapter, such as LoRA, beside the model that it changes; "
+            f"{MERGE}. If these weights have it in them already, remove it and {ADAPTER_CONFIG}"
+        )
 
 
 def _find_shards(root: Path) -> tuple[dict[str, str], list[str]]:
@@ -236,7 +258,7 @@ def _side_files(root: Path, shards: set[str]) -> tuple[list[SideFile], list[str]
         name = path.relative_to(root).as_posix()
         if name in shards or name in _REWRITTEN:
             continue
-        if path.suffix in _OTHER_WEIGHTS or _is_other_index(path.name):
+        if path.suffix in _OTHER_WEIGHTS or _is_other_index(path.name) or name == ADAPTER_CONFIG:
             left_out.append(name)
             continue
         if _leads_out(root, path):

@@ -16,6 +16,7 @@ from typing import TypeVar
 from ...engines import Backend
 from ...faults import environment_faults
 from ...layouts import Given, detect
+from ...layouts.unwrapping import unwrap
 from ...limits import Limits
 from ...source.checkpoint import open_source
 from ...source.headers import Shard
@@ -63,7 +64,7 @@ def against_source(
         InputError: the source cannot be read.
         EnvironmentFaultError: disk, memory or GPU failed.
     """
-    source = open_source(source_dir)
+    source = unwrap(open_source(source_dir)).source
     weights = weights_of(source)
     detection = detect(weights.tensors, source.config, _given(subject))
     with environment_faults():
