@@ -105,6 +105,12 @@ def _deepstack(model: Model) -> Any:
     return UNKNOWN if model.has(".deepstack_merger_list.") else []
 
 
+def _block_types(model: Model) -> Any:
+    """The older words for the kinds of layers."""
+    older = {"full_attention": "attention", "linear_attention": "mamba"}
+    return [older.get(word, word) for word in model.layers("layer_types")] or UNKNOWN
+
+
 def _moe_layers(model: Model) -> Any:
     return [kind == "sparse" for kind in model.layers("mlp_layer_types")] or UNKNOWN
 
@@ -132,6 +138,7 @@ KEYS: tuple[Key, ...] = (
     Key("n_group", ("afmoe",), _always(1), "vLLM asks"),
     Key("topk_group", ("afmoe",), _always(1), "vLLM asks"),
     Key("expert_hidden_dim", ("hy_v3",), _width, "vLLM asks"),
+    Key("layers_block_type", ("granitemoehybrid",), _block_types, "SGLang asks"),
     Key("is_moe_layer", ("exaone_moe",), _moe_layers, "SGLang asks"),
 )
 
