@@ -32,7 +32,12 @@ SAVED_BY_TRANSFORMERS = {
         "rotary_dim": 16,
     },
     "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
-    "hy_v3": {"route_norm": True, "expert_hidden_dim": 24},
+    "hy_v3": {
+        "first_k_dense_replace": 1,
+        "route_norm": True,
+        "qk_norm": True,
+        "expert_hidden_dim": 24,
+    },
     "granitemoehybrid": {"layers_block_type": ["attention", "mamba"]},
     "exaone_moe": {"is_moe_layer": [True, True]},
     "qwen3_moe": {},
