@@ -105,6 +105,12 @@ def _deepstack(model: Model) -> Any:
     return UNKNOWN if model.has(".deepstack_merger_list.") else []
 
 
+def _block_types(model: Model) -> Any:
+    """The older words for the kinds of layers."""
+    older = {"full_attention": "attention", "linear_attention": "mamba"}
+    return [older.get(word, word) for word in model.layers("layer_types")] or UNKNOWN
+
+
 def _moe_layers(model: Model) -> Any:
     return [kind == "sparse" for kind in model.layers("mlp_layer_types")] or UNKNOWN
 
@@ -121,7 +127,7 @@ KEYS: tuple[Key, ...] = (
     Key("topk_method", _SIGMOID_V3, _with(_BIAS, "noaux_tc")),
     Key("scoring_func", _SIGMOID_V3, _always("sigmoid")),
     Key("scoring_func", ("deepseek_v2",), _always("softmax"), "SGLang asks"),
-    Key("first_k_dense_replace", _AS_DEEPSEEK, _first_dense),
+    Key("first_k_dense_replace", (*_AS_DEEPSEEK, "hy_v3"), _first_dense),
     Key("moe_layer_freq", _AS_DEEPSEEK, _layer_freq, "SGLang asks"),
     Key("scoring_func", ("minimax_m2",), _always("sigmoid")),
     Key("use_routing_bias", ("minimax_m2",), _with(_BIAS, True)),
@@ -131,7 +137,9 @@ KEYS: tuple[Key, ...] = (
     Key("route_norm", ("afmoe", "hy_v3"), _always(True)),
     Key("n_group", ("afmoe",), _always(1), "vLLM asks"),
     Key("topk_group", ("afmoe",), _always(1), "vLLM asks"),
+    Key("qk_norm", ("hy_v3",), _with(".q_norm.", True)),
     Key("expert_hidden_dim", ("hy_v3",), _width, "vLLM asks"),
+    Key("layers_block_type", ("granitemoehybrid",), _block_types, "SGLang asks"),
     Key("is_moe_layer", ("exaone_moe",), _moe_layers, "SGLang asks"),
 )
 
