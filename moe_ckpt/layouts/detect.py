@@ -107,10 +107,12 @@ def detect(
     for container in containers:
         of_layers.setdefault(container.layer, []).append(container)
     for forms in of_layers.values():
-        if len(forms) > 1:
-            problems.add(LayoutError, _two_forms(forms, packing))
+        whole = [form for form in forms if len(forms) > 1 and _is_whole(form, packing)]
+        if whole:
+            problems.add(LayoutError, _two_forms(forms, whole[-1]))
         else:
-            experts += problems.catch(partial(forms[0].check, packing)) or []
+            for form in forms:
+                experts += problems.catch(partial(form.check, packing)) or []
     problems.catch(lambda: refuse_contradictions(experts, given))
     refuse_disagreement(experts, problems)
     layers = {group.layer for group in containers}
@@ -136,14 +138,12 @@ def detect(
     )
 
 
-def _two_forms(forms: list[Container], packing: str) -> str:
-    """What to say of experts of one layer in several forms: what is a part of some comes first."""
-    forms = sorted(forms, key=lambda form: _is_whole(form, packing))
-    *strays, whole = forms
-    what = show_some(name for form in strays for name in form.names)
+def _two_forms(forms: list[Container], whole: Container) -> str:
+    """What to say of experts of one layer in several forms, one of which is whole."""
+    others = show_some(name for form in forms if form is not whole for name in form.names)
     return (
-        f"{show(whole.layer)}: has its experts in two forms: {what}, and {show_some(whole.names)}; "
-        "which of them count cannot be told. Remove those that are stale"
+        f"{show(whole.layer)}: has its experts in two forms: {others}, and "
+        f"{show_some(whole.names)}; which of them count cannot be told. Remove those that are stale"
     )
 
 
