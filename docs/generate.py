@@ -31,7 +31,7 @@ EXIT_CODES = {
     "3": "Bad input: a checkpoint, configuration, statistics file or recipe that cannot be used. "
     "`repair`: something cannot be mended.",
     "4": "The output folder was refused: it holds other files, or another conversion.",
-    "5": "The machine failed: disk, memory, permissions or GPU. Run the same command again.",
+    "5": "The machine failed: disk, memory, threads, rights or GPU. Run the same command again.",
     "6": "`verify` found something wrong, or `convert` or `repair` did in its own result.",
     "7": "`verify` found nothing wrong, and tensors that it does not know how to check; `repair` "
     "found such.",
