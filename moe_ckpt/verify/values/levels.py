@@ -16,17 +16,17 @@ _SAMPLE = 1 << 14
 
 
 class Level(NamedTuple):
-    """Scales of a tensor. ``log2_sum`` is that of ``count`` of those above 0."""
+    """Scales of a tensor. ``log2_sum`` is that of ``sampled`` of those above 0."""
 
     smallest: float
     largest: float
     log2_sum: float
-    count: int
+    sampled: int
 
     @property
     def usual(self) -> float:
         """Their geometric mean, which a single outlier does not move."""
-        return float(2 ** (self.log2_sum / self.count)) if self.count else 0.0
+        return float(2 ** (self.log2_sum / self.sampled)) if self.sampled else 0.0
 
 
 def level_of(items: NDArray[Any], dtype: str) -> Level:

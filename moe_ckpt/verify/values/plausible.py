@@ -1,9 +1,9 @@
 """Part 2: what scales decode to is what weights and activations of models are like.
 
-A scale stored as its reciprocal, or as amax / 6 instead of amax / 2688, is a finite number above 0.
-What it decodes to gives it away: the usual block of a matrix, whose mean no outlier moves, is within
-a factor of a few in all matrices of a model, and lies between 0.005 and 2 in those of sound ones.
-The bounds are far from both, see docs/verify.md.
+A scale stored as its reciprocal, or as amax / 6 instead of amax / 2688, is a finite number above
+0. What it decodes to gives it away: the usual block of a matrix, which no outlier moves, is within
+a factor of a few in all matrices of a model, and between 0.005 and 2 in those of sound ones. The
+bounds are far from both, see docs/verify.md.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import NamedTuple
 from ...errors import show
 from ...formats import QuantFormat, find_format
 from ...runtimes import RUNTIMES
-from ...source.headers import Shard, TensorInfo
-from ...work.reader import SourceReader
+from ...source.headers import Shard
 from ...words import count_of
+from ...work.reader import SourceReader
 from ..findings import WARNING, Findings
 from ..inventory import Inventory, Module
 from .codes import nonzero_codes
@@ -38,6 +38,7 @@ _TIMES_INPUTS, _RARE_INPUTS = 1e4, 300.0
 _MISTAKES = (448.0, 2688.0)
 _LEAST_BLOCK_SCALE = 16.0
 _SKEW = 64.0  # a matrix whose largest block is so far above the usual may have lost all others
+_SCALES = ("block_scale", "channel_scale", "global_scale")
 _FEW, _SHARE = 16, 1000
 
 _TOO_LARGE = "the matrix computes with weights that no model has, and the model puts out noise"
@@ -66,14 +67,10 @@ class _Measured(NamedTuple):
     blocks: Level | None
 
     @property
-    def where(self) -> TensorInfo:
+    def where(self) -> str:
         """The tensor whose number decides the level."""
-        tensor = self.module.tensor("global_scale")
-        return tensor or next(
-            info
-            for part, info in self.module.parts
-            if part.role.endswith("k_scale") or part.role.endswith("l_scale")
-        )
+        scales = [info for part, info in self.module.parts if part.role in _SCALES]
+        return (self.module.tensor("global_scale") or scales[0]).name
 
 
 def check_levels(
@@ -181,12 +178,12 @@ def _check_weights(reader: SourceReader, pool: Sequence[_Measured], findings: Fi
             f"those of models are {bound}{_fits(first, 0.1)}"
         )
         effect = _TOO_LARGE if is_large else _TOO_SMALL
-        findings.add("scales", show(first.where.name), problem, effect, harms=RUNTIMES)
+        findings.add("scales", show(first.where), problem, effect, harms=RUNTIMES)
         return
     times = _TIMES_SISTERS_WHOLE if is_whole else _TIMES_SISTERS
     most_of_one = _MOST_OF_ONE_WHOLE if is_whole else _MOST
     for one in pool:
-        name, others = show(one.where.name), f"{usual:.3g} in half of all in {one.format.name}"
+        name, others = show(one.where), f"{usual:.3g} in half of all in {one.format.name}"
         problem = (
             f"is {_stored(one)}, so that {_of(one)} decode to {one.usual:.3g}; that is {others}"
         )
@@ -242,11 +239,11 @@ def _check_blocks(pool: Sequence[_Measured], findings: Findings) -> None:
             f"{count_of(len(pool), 'matrix')} in {first.format.name}; the formula makes the "
             "largest 448"
         )
-        findings.add("scales", show(first.where.name), problem, _COARSE, WARNING)
+        findings.add("scales", show(first.where), problem, _COARSE, WARNING)
 
 
 class _Input(NamedTuple):
-    """An activation scale: its tensor, what is stored, and the amax of activations it stands for."""
+    """An activation scale: its tensor, what is stored, and the amax that it stands for."""
 
     key: tuple[str, str]
     name: str
