@@ -8,18 +8,18 @@ bounds are far from both, see docs/verify.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from math import prod
 from typing import NamedTuple
 
 from ...errors import show
 from ...formats import QuantFormat, find_format
 from ...runtimes import RUNTIMES
-from ...source.headers import Shard
 from ...words import count_of
 from ...work.reader import SourceReader
-from ..findings import WARNING, Findings
+from ..findings import ERROR, WARNING, Findings
 from ..inventory import Inventory, Module
+from ..subject import Subject
 from .codes import nonzero_codes
 from .levels import Level
 from .windows import Looked
@@ -74,9 +74,14 @@ class _Measured(NamedTuple):
 
 
 def check_levels(
-    shards: Iterable[Shard], inventory: Inventory, looked: Looked, findings: Findings
+    subject: Subject, inventory: Inventory, looked: Looked, findings: Findings
 ) -> None:
-    """Hold what scales decode to against each other and against what models are like."""
+    """Hold what scales decode to against each other and against what models are like.
+
+    A conversion of ours has the scales of its source's weights; if these are like those of no
+    model, that is a warning.
+    """
+    grade = WARNING if subject.is_ours else ERROR
     wrong = {bad.tensor.name for bad in looked.bad}
     wrong |= {bad.tensor.name for bad in looked.zeros if bad.tensor.name in looked.values}
     measured, inputs = [], []
@@ -87,19 +92,19 @@ def check_levels(
         scale = _input_of(module, looked.values, wrong)
         if scale:
             inputs.append(scale)
-    reader = SourceReader(shards)
+    reader = SourceReader(subject.source.shards.values())
     try:
         pools: dict[str, list[_Measured]] = {}
         for found in measured:
             if not _is_empty(reader, found, findings):
                 pools.setdefault(found.format.weights, []).append(found)
         for pool in pools.values():
-            _check_weights(reader, pool, findings)
+            _check_weights(reader, pool, findings, grade)
             _check_blocks(pool, findings)
         reader.check_unchanged()
     finally:
         reader.close()
-    _check_inputs(inputs, findings)
+    _check_inputs(inputs, findings, grade)
 
 
 def _measure(module: Module, looked: Looked, wrong: Set[str]) -> _Measured | None:
@@ -162,7 +167,9 @@ def _report_empty(reader: SourceReader, found: _Measured, findings: Findings) ->
     return True
 
 
-def _check_weights(reader: SourceReader, pool: Sequence[_Measured], findings: Findings) -> None:
+def _check_weights(
+    reader: SourceReader, pool: Sequence[_Measured], findings: Findings, grade: str
+) -> None:
     """Report matrices of a format that decode to what no others do, or no model has."""
     usual = _lower_median([found.usual for found in pool])
     is_whole = pool[0].blocks is None
@@ -178,7 +185,7 @@ def _check_weights(reader: SourceReader, pool: Sequence[_Measured], findings: Fi
             f"those of models are {bound}{_fits(first, 0.1)}"
         )
         effect = _TOO_LARGE if is_large else _TOO_SMALL
-        findings.add("scales", show(first.where), problem, effect, harms=RUNTIMES)
+        findings.add("scales", show(first.where), problem, effect, grade, harms=RUNTIMES)
         return
     times = _TIMES_SISTERS_WHOLE if is_whole else _TIMES_SISTERS
     most_of_one = _MOST_OF_ONE_WHOLE if is_whole else _MOST
@@ -190,7 +197,7 @@ def _check_weights(reader: SourceReader, pool: Sequence[_Measured], findings: Fi
         if one.usual > min(most_of_one, times * usual):
             if not _report_empty(reader, one, findings):
                 problem += _fits(one, usual)
-                findings.add("scales", name, problem, _TOO_LARGE, harms=RUNTIMES)
+                findings.add("scales", name, problem, _TOO_LARGE, grade, harms=RUNTIMES)
         elif one.usual < usual / times:
             findings.add("scales", name, problem + _fits(one, usual), _UNLIKE, WARNING)
 
@@ -264,7 +271,7 @@ def _input_of(module: Module, values: Mapping[str, float], wrong: Set[str]) -> _
     return _Input(key, info.name, stored, scale * target.largest)
 
 
-def _check_inputs(inputs: Sequence[_Input], findings: Findings) -> None:
+def _check_inputs(inputs: Sequence[_Input], findings: Findings, grade: str) -> None:
     """Report activation scales that no activations have, or none of the same name."""
     pools: dict[tuple[str, str], list[_Input]] = {}
     for one in inputs:
@@ -280,7 +287,7 @@ def _check_inputs(inputs: Sequence[_Input], findings: Findings) -> None:
                 f"{outside[0].amax:.3g}, and so it is of {len(outside):,} of {len(pool):,} of "
                 f"{show(projection)}; in half of those of a model it is {bound}"
             )
-            findings.add("scales", show(outside[0].name), problem, _INPUTS, harms=RUNTIMES)
+            findings.add("scales", show(outside[0].name), problem, _INPUTS, grade, harms=RUNTIMES)
             continue
         for one in pool:
             problem = (
@@ -288,7 +295,7 @@ def _check_inputs(inputs: Sequence[_Input], findings: Findings) -> None:
                 f"is {usual:.3g} in half of all of {show(projection)}"
             )
             if one.amax > min(_MOST_OF_ONE_INPUT, _TIMES_INPUTS * usual):
-                findings.add("scales", show(one.name), problem, _INPUTS, harms=RUNTIMES)
+                findings.add("scales", show(one.name), problem, _INPUTS, grade, harms=RUNTIMES)
             elif one.amax > _RARE_INPUTS * usual:
                 findings.add("scales", show(one.name), problem, _RARE, WARNING)
 

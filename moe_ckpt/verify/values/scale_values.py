@@ -83,7 +83,7 @@ def check_scales(
         findings.counts["FP8 weights"] += len(codes)
         for found in bad_codes(shards, codes):
             _add_bad(found, "weight", _NO_NUMBER, findings)
-    check_levels(shards, inventory, looked, findings)
+    check_levels(subject, inventory, looked, findings)
     _check_experts(inventory, looked.values, findings)
     _check_linears(inventory, looked.values, findings)
     _check_shapes(subject, inventory, findings)
