@@ -131,7 +131,7 @@ def _measure(module: Module, looked: Looked, wrong: Set[str]) -> _Measured | Non
         else:
             blocks = level
     one = scale * target.codes.largest
-    if not one:
+    if not one or (blocks and not blocks.largest):
         return None
     usual, largest = (blocks.usual, blocks.largest) if blocks else (1.0, 1.0)
     return _Measured(module, target, one * usual, one * largest, scale, blocks)
@@ -189,7 +189,10 @@ def _check_weights(
         return
     times = _TIMES_SISTERS_WHOLE if is_whole else _TIMES_SISTERS
     most_of_one = _MOST_OF_ONE_WHOLE if is_whole else _MOST
+    told = {found.where for found in findings.of_grade(ERROR) if found.part == "scales"}
     for one in pool:
+        if show(one.where) in told:  # it is not that of the matrix that shares it
+            continue
         name, others = show(one.where), f"{usual:.3g} in half of all in {one.format.name}"
         problem = (
             f"is {_stored(one)}, so that {_of(one)} decode to {one.usual:.3g}; that is {others}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import numpy as np
 
@@ -51,6 +52,7 @@ _HARMED = (VLLM, SGLANG)  # those that use one scale for all, silently
 _NEAR = 1.25  # a matrix whose weights are wrong by less is less accurate, but no garbage
 _OF_BLOCKS = ("block_scale", "channel_scale")
 _ZEROS = "they decode to 0, as they should; a tool that inverts scales makes them NaN"
+_BLANK = "most matrices hold nothing at all, as in a file that was never written to"
 
 Values = Mapping[str, float]
 
@@ -83,9 +85,10 @@ def check_scales(
         findings.counts["FP8 weights"] += len(codes)
         for found in bad_codes(shards, codes):
             _add_bad(found, "weight", _NO_NUMBER, findings)
-    check_levels(subject, inventory, looked, findings)
     _check_experts(inventory, looked.values, findings)
     _check_linears(inventory, looked.values, findings)
+    if not subject.unread:
+        check_levels(subject, inventory, looked, findings)
     _check_shapes(subject, inventory, findings)
 
 
@@ -106,6 +109,7 @@ def _check_zeros(
 ) -> None:
     """Scales of 0 lose weights, unless all codes that they scale are 0, too."""
     modules = {info.name: module for module in inventory.quantized for _, info in module.parts}
+    kept: list[Bad] = []
     reader = SourceReader(subject.source.shards.values())
     try:
         for found in looked.zeros:
@@ -116,12 +120,20 @@ def _check_zeros(
             if lost:
                 _add_bad(lost, "scale", _WRONG[role], findings)
             else:
-                number = f"{found.number:,} scale{'s are' if found.number > 1 else ' is'} 0"
-                problem = f"{number}, the first at {list(found.position)}, over codes of 0"
-                findings.add("scales", show(name), problem, _ZEROS, WARNING)
+                kept.append(found)
         reader.check_unchanged()
     finally:
         reader.close()
+    blank = {found.tensor.name for found in kept if found.number == prod(found.tensor.shape)}
+    is_blank = 2 * len(blank) > len(list(inventory.quantized))
+    for found in kept:
+        where = show(found.tensor.name)
+        number = f"{found.number:,} scale{'s are' if found.number > 1 else ' is'} 0"
+        problem = f"{number}, the first at {list(found.position)}, over codes of 0"
+        if is_blank and found.tensor.name in blank:
+            findings.add("scales", where, problem, _BLANK, harms=RUNTIMES)
+        else:
+            findings.add("scales", where, problem, _ZEROS, WARNING)
 
 
 def _check_experts(inventory: Inventory, values: Values, findings: Findings) -> None:
