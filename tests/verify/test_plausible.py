@@ -18,6 +18,7 @@ from moe_ckpt.verify.findings import ERROR, WARNING
 
 CT = FIXTURES / "qwen3_moe" / "llm-compressor-nvfp4a16"
 QWEN = FIXTURES / "qwen3_moe"
+LLAMA = FIXTURES / "llama4" / "modelopt-fp8"
 WIDE = FIXTURES / "qwen3_moe_wide"
 DOWN = f"{EXPERT}.down_proj"
 
@@ -43,6 +44,7 @@ ALL = {
     "not the reciprocal": (CT, "weight_global_scale", lambda x: 1 / x, "reciprocal would fit"),
     "FP8": (QWEN / "modelopt-fp8", "weight_scale", lambda x: 1 / x, "reciprocal would fit"),
     "FP8 amax": (QWEN / "modelopt-fp8", "weight_scale", lambda x: x * 448, "448 times smaller"),
+    "Llama 4 amax": (LLAMA, "weight_scale", lambda x: x * 448, "448 times smaller"),
     "FP8 of rows": (QWEN / "modelopt-fp8-channel", "weight_scale", lambda x: 1 / x, "reciprocal"),
     "FP8 of blocks": (WIDE / "modelopt-fp8-block", "weight_scale", lambda x: 1 / x, "reciprocal"),
     "input": (NVFP4, "input_scale", lambda x: 1 / x, "activations of up to"),
@@ -98,6 +100,13 @@ def test_unequal_inputs_far_from_all_others_are_wrong(tmp_path):
     folder = copy(NVFP4, tmp_path)
     poke(folder, f"{DOWN}.input_scale", struct.pack("<f", 4000))
     assert ERROR in {f.grade for f in verify(folder).found if f.where == f"{DOWN}.input_scale"}
+
+
+def test_one_input_scale_far_above_what_a_norm_lets_through_is_wrong(tmp_path):
+    folder = copy(NVFP4, tmp_path)
+    scaled(folder, f"{UP}.input_scale", lambda x: x * 448)
+    grades = [f.grade for f in verify(folder).found if f.where == f"{UP}.input_scale"]
+    assert grades == [WARNING, ERROR]
 
 
 def zeroed(folder, name, blocks, *, codes):

@@ -30,11 +30,13 @@ __all__ = ["check_levels"]
 _LEAST, _MOST = 1e-4, 16.0
 _TIMES_SISTERS = 100.0
 # Of a scale for the whole matrix, which one outlier decides, and which is larger without any.
-_MOST_WHOLE, _MOST_OF_ONE_WHOLE = 128.0, 1024.0
+_MOST_WHOLE, _MOST_OF_ONE_WHOLE = 64.0, 1024.0
 _TIMES_SISTERS_WHOLE = 300.0
 # The largest magnitude of activations, of half the matrices of a name and of any one.
 _LEAST_INPUT, _MOST_INPUT, _MOST_OF_ONE_INPUT = 1e-3, 1e3, 1e6
 _TIMES_INPUTS, _RARE_INPUTS = 1e4, 300.0
+# What reads hidden states after a norm, which bounds them; others read products of activations.
+_AFTER_NORM = ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "q_proj", "k_proj", "v_proj")
 _MISTAKES = (448.0, 2688.0)
 _LEAST_BLOCK_SCALE = 16.0
 _SKEW = 64.0  # a matrix whose largest block is so far above the usual may have lost all others
@@ -292,12 +294,13 @@ def _check_inputs(inputs: Sequence[_Input], findings: Findings, grade: str) -> N
             )
             findings.add("scales", show(outside[0].name), problem, _INPUTS, grade, harms=RUNTIMES)
             continue
+        times = _RARE_INPUTS if projection in _AFTER_NORM else _TIMES_INPUTS
         for one in pool:
             problem = (
                 f"is {one.stored:.6g}, which stands for activations of up to {one.amax:.3g}; that "
                 f"is {usual:.3g} in half of all of {show(projection)}"
             )
-            if one.amax > min(_MOST_OF_ONE_INPUT, _TIMES_INPUTS * usual):
+            if one.amax > min(_MOST_OF_ONE_INPUT, times * usual):
                 findings.add("scales", show(one.name), problem, _INPUTS, grade, harms=RUNTIMES)
             elif one.amax > _RARE_INPUTS * usual:
                 findings.add("scales", show(one.name), problem, _RARE, WARNING)
