@@ -106,7 +106,7 @@ class _Reporter:
     def _check_zeros(self, measured: Measured) -> None:
         """Report a matrix that is, or became, all zeros but for its largest weights."""
         found, where = measured.distance, self._where(measured.name)
-        if found.largest == 0:
+        if found.present == 0:
             problem = "all weights are 0 in the source"
             self._findings.add("source", where, problem, _NOTHING, WARNING)
         elif found.present - found.lost <= max(_FEW, found.present // _SHARE) < found.lost:
