@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 __all__ = ["CONFIG", "EXPERT_DTYPE", "HF_QUANT_CONFIG", "as_text", "with_quantization"]
-__all__ += ["without_quantization"]
+__all__ += ["said_of", "without_quantization"]
 
 CONFIG = "config.json"
 HF_QUANT_CONFIG = "hf_quant_config.json"  # ModelOpt's, which TensorRT-LLM reads
@@ -35,6 +35,20 @@ def with_quantization(
     if expert_dtype and EXPERT_DTYPE in config:
         kept |= {EXPERT_DTYPE: expert_dtype}
     return as_text(kept if quantization is None else kept | {"quantization_config": quantization})
+
+
+def said_of(config: Mapping[str, Any], key: str) -> Any:
+    """What a config says of quantization under a key, at the first level that does; else None.
+
+    >>> said_of({"text_config": {"quantization_config": {"scale_fmt": "ue8m0"}}}, "scale_fmt")
+    'ue8m0'
+    """
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            found = value.get(key) if name in _KEYS else said_of(value, key)
+            if found is not None:
+                return found
+    return None
 
 
 def without_quantization(value: Any) -> Any:

@@ -84,6 +84,7 @@ class Assignment:
     ``experts``: format -> routed experts of layers. ``linears``: format -> linear layers.
     ``kept``: linear layers that stay as they are. ``set_aside``: part of the model that stays
     whole -> linear layers and experts in it. ``kv_cache``: whether k and v are stored as FP8.
+    ``moved``: the formats of which all weights are those of the source, codes and scales.
     """
 
     experts: Mapping[str, Sequence[QuantizedExperts]]
@@ -91,6 +92,7 @@ class Assignment:
     kept: Sequence[str]
     set_aside: Mapping[str, Sequence[str]]
     kv_cache: bool = False
+    moved: frozenset[str] = frozenset()
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -58,10 +58,10 @@ class Scale:
 class Encoding:
     """One way to store quantized weights.
 
-    ``ending`` is what follows the weight's name in that of its codes, ``dtypes`` those of the codes,
-    ``columns`` how many weights one item of them holds. ``inverse``: roles that hold the reciprocal.
-    ``shape_ending``: the ending of a tensor that holds N and K, '' for none. ``input_name``: what
-    the scale of activations is called in the module.
+    ``ending`` is what follows the weight's name in that of its codes, ``dtypes`` are the codes',
+    ``columns`` is how many weights one of their items holds. ``inverse``: roles that hold the
+    reciprocal. ``shape_ending``: the ending of a tensor that holds N and K, '' for none.
+    ``input_name``: what the scale of activations is called in the module.
     """
 
     name: str

@@ -35,11 +35,23 @@ from ...formats import find_format
 from ...runtimes import RUNTIMES, SGLANG, TRANSFORMERS, VLLM
 from ..dialect import Spelling, plain_spelling
 
-__all__ = ["BLOCKS", "CHANNEL", "DEEPSEEK", "DEEPSEEK_FP4", "KEPT", "MXFP8", "OTHER_SPELLINGS"]
+__all__ = [
+    "BLOCKS",
+    "CARRIED",
+    "CHANNEL",
+    "DEEPSEEK",
+    "DEEPSEEK_FP4",
+    "KEPT",
+    "MXFP8",
+    "OTHER_SPELLINGS",
+]
 __all__ += ["PLAIN", "SPELLINGS"]
 
 # The list of what is not quantized, by the name that all runtimes read.
 KEPT = "modules_to_not_convert"
+
+# What runtimes act on besides, and is true of the same weights only.
+CARRIED = ("scale_fmt",)
 
 _ONLY_BLOCKS = "this dialect has 128x128 blocks only"
 _SCALES = ("F32", "BF16", "F16", "F8_E8M0")
