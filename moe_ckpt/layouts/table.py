@@ -77,7 +77,8 @@ FAMILIES: tuple[Family, ...] = (
         split="ffn.experts",
         projections=W1_W3_W2,
         not_restorable=(".mlp.", ".self_attn."),
-        instead="runtimes read its NVFP4 experts only beside attention in FP8 blocks",
+        instead="runtimes read its experts as released, in FP4 of DeepSeek, and in NVFP4 only "
+        "beside attention in FP8 blocks",
         runtimes=(),
     ),
     Family(

@@ -16,6 +16,7 @@ from math import prod
 from typing import Unpack
 
 from ..dialects import Dialect, dialect_for
+from ..dialects.config import CONFIG, said_of
 from ..errors import LayoutError, Problems, RecipeError, UsageError, show, show_some
 from ..formats import UNQUANTIZED, find_format
 from ..layouts import Detection, Given, detect
@@ -159,6 +160,7 @@ class _Planner:
             weight_amax,
             problems,
             may_requantize=self.asked.allow_requantize,
+            kept_dtypes=assigned.kept_dtypes,
         )
         units = self._units(make, choice, assigned)
         if kv_cache:
@@ -291,6 +293,12 @@ class _Planner:
             notes.append(
                 f"{len(decoded)} weights that are not asked for are decoded to bf16, for "
                 f"{self.dialect.name} cannot say what they are: {show_some(decoded)}"
+            )
+        said = said_of(self.source.config, "scale_fmt")
+        if said and "scale_fmt" not in assigned.files[CONFIG] and formats.keys() != {UNQUANTIZED}:
+            notes.append(
+                f"scale_fmt {show(said)} of the source is left out: it is true of the source's own "
+                "scales only"
             )
         if self.weights.kv_cache and not self.dialect.kv_scales:
             notes.append(
