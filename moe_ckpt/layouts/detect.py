@@ -55,7 +55,6 @@ class Detection:
     renamed: Mapping[str, str]
     stacks: frozenset[str]
     num_layers: int | None
-    warnings: tuple[str, ...]
 
     def output_name(self, name: str) -> str:
         """The output name of a source tensor, or of a source module."""
@@ -118,7 +117,7 @@ def detect(
     layers = {group.layer for group in containers}
     stacks = frozenset(map(stack_of, layers))
     routed = {(found.num_experts, found.hidden) for found in experts}
-    warnings = check_layers(tensors, layers, routed, num_layers, problems)
+    check_layers(tensors, layers, routed, num_layers, problems)
     problems.check()
     return Detection(
         family=family,
@@ -127,7 +126,6 @@ def detect(
         renamed=restore_names(family, experts, tensors),
         stacks=stacks,
         num_layers=num_layers,
-        warnings=warnings,
     )
 
 

@@ -168,6 +168,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="axk1",
         model_types=("axk1",),
+        uneven=("post_mlp_layernorm",),
         renames=(("mlp.post_mlp_layernorm.", "post_mlp_layernorm."),),
         runtimes=(VLLM, TRANSFORMERS),
     ),
@@ -326,6 +327,7 @@ FAMILIES: tuple[Family, ...] = (
         name="gemma4",
         model_types=("gemma4", "gemma4_text"),
         in_tensorrt_llm=("gemma4", "gemma4_text"),
+        uneven=("self_attn.v_proj.",),  # those whose values are their keys
         split="experts",
         forms=(Form("fused", "experts", GATE_UP_PROJ),),
         runtimes=SERVERS,
@@ -333,6 +335,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="diffusion_gemma",
         model_types=("diffusion_gemma",),
+        uneven=("self_attn.v_proj.",),  # those whose values are their keys
         split="experts",
         forms=(Form("fused", "experts", GATE_UP_PROJ),),
         runtimes=(VLLM,),
@@ -391,6 +394,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="zaya",
         model_types=("zaya",),
+        uneven=("gate.router_states_scale",),
         instead="SGLang reads a linear_fc1 and a linear_fc2 for each expert, unquantized",
         runtimes=(),
     ),

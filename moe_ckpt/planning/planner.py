@@ -13,12 +13,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
-from typing import Unpack
+from typing import Any, Unpack
 
 from ..dialects import Dialect, dialect_for
 from ..errors import LayoutError, Problems, RecipeError, UsageError, show, show_some
 from ..formats import UNQUANTIZED, find_format
 from ..layouts import Detection, Given, detect
+from ..layouts.completeness import what_is_missing
 from ..limits import parse_size
 from ..plan import OutShard, Plan
 from ..source.checkpoint import RECIPE_FILE, Source, open_source
@@ -76,10 +77,27 @@ def make_plan(in_dir: str | os.PathLike[str], **options: Unpack[PlanOptions]) ->
     amax = problems.catch(lambda: read_amax(asked.weight_amax, source) if asked.weight_amax else {})
     problems.check()
     assert detection is not None
+    incomplete = _refuse_incomplete(weights, detection, source.config, problems)
+    problems.check()
     assert amax is not None
     form = form_of_experts(detection, asked.experts, recipe.formats, dialect)
-    planner = _Planner(source, weights, detection, recipe, dialect, form, asked)
+    planner = _Planner(source, weights, detection, recipe, dialect, form, asked, incomplete)
     return planner.plan(stats, amax)
+
+
+def _refuse_incomplete(
+    weights: Weights, detection: Detection, config: Mapping[str, Any], problems: Problems
+) -> tuple[str, ...]:
+    """Report what the model lacks; what people leave out on purpose is returned as warnings."""
+    lacks = what_is_missing(weights.tensors, config, detection.family, detection.stacks)
+    for lack in lacks:
+        if not lack.may_be_meant:
+            problems.add(
+                LayoutError,
+                f"{lack.where}: {lack.problem}; download the checkpoint again, or let config.json "
+                "say what is there",
+            )
+    return tuple(f"{lack.where}: {lack.problem}" for lack in lacks if lack.may_be_meant)
 
 
 def _refuse_without_stats(recipe: Recipe, weights: Weights, stats_files: Sequence[str]) -> None:
@@ -107,8 +125,10 @@ class _Planner:
         dialect: Dialect,
         form: str,
         asked: Options,
+        incomplete: tuple[str, ...],
     ) -> None:
         self.form = form
+        self.incomplete = incomplete
         self.asked = asked
         self.source = source
         self.weights = weights
@@ -190,7 +210,7 @@ class _Planner:
             notes=self._notes(calibration, assigned, formats),
             warnings_by_kind={
                 "files": (*source.warnings, *self.weights.warnings),
-                "layers": detection.warnings,
+                "layers": self.incomplete,
                 "runtimes": runtime_warnings(
                     detection, self.form, self.dialect, runtimes, tuple(formats), make.part_blocks
                 ),

@@ -1,0 +1,44 @@
+"""Whether the checkpoint is the whole model that config.json describes."""
+
+from __future__ import annotations
+
+from ...errors import LayoutError
+from ...layouts.completeness import MTP, PARTIAL, what_is_missing
+from ...layouts.sizes import model_type_of
+from ...layouts.table import find_family
+from ..findings import ERROR, WARNING, Findings
+from ..subject import Subject
+
+__all__ = ["check_whole_model"]
+
+_NOT_NOTICED = (
+    "vLLM checks no quantized model for weights that are missing: it computes with what memory "
+    "held; others stop"
+)
+_EFFECTS = {
+    MTP: "the model itself works; speculative decoding with these layers stops, or drafts noise",
+    PARTIAL: "no runtime computes with it as it is",
+}
+
+
+def check_whole_model(subject: Subject, findings: Findings) -> None:
+    """Report layers, parts of layers and what is beside them that the model should have.
+
+    Where all but the experts is left out, layers may be too.
+    """
+    detection = subject.detection
+    names = {**subject.source.tensors, **dict.fromkeys(subject.lost)}
+    try:
+        lacks = what_is_missing(
+            names,
+            subject.config,
+            find_family(model_type_of(subject.config)),
+            detection.stacks if detection else frozenset(),
+        )
+    except LayoutError:
+        return  # of the number of layers, which is told with the experts
+    is_partial = any(lack.kind == PARTIAL for lack in lacks)
+    for lack in lacks:
+        grade = WARNING if is_partial or lack.kind == MTP else ERROR
+        effect = _EFFECTS.get(lack.kind, _NOT_NOTICED)
+        findings.add("structure", lack.where, lack.problem, effect, grade)
