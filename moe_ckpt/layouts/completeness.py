@@ -22,7 +22,7 @@ from .sizes import announced_mtp, levels_of, num_hidden_layers, num_stacked_laye
 __all__ = ["HEAD", "LAYERS", "MTP", "OUTSIDE", "PART", "PARTIAL", "Lack", "what_is_missing"]
 
 # What is missing: whole layers; a part of a layer; the embedding, the last norm or all attention;
-# the head; layers for multi-token prediction; all but the experts.
+# the head; layers for multi-token prediction; all but the layers.
 LAYERS, PART, OUTSIDE, HEAD, MTP, PARTIAL = "layers", "part", "outside", "head", "mtp", "partial"
 
 _LAYERS_CAP = 10_000  # a config.json may say any number
@@ -53,6 +53,9 @@ class Lack:
     problem: str
     kind: str
     may_be_meant: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}"
 
 
 def what_is_missing(
@@ -102,11 +105,14 @@ def what_is_missing(
 def _meant(lacks: list[Lack]) -> Iterator[Lack]:
     """The same; of what is not a whole model, all that is missing may be left out on purpose.
 
-    That is one without embedding, last norm or attention.
+    That is one without embedding, last norm or attention. Of layers alone, the parts that are
+    missing in them are not named.
     """
-    is_slice = any(lack.kind in (OUTSIDE, PARTIAL) for lack in lacks)
+    kinds = {lack.kind for lack in lacks}
+    is_slice = OUTSIDE in kinds or PARTIAL in kinds
     for lack in lacks:
-        yield replace(lack, may_be_meant=lack.may_be_meant or is_slice)
+        if PARTIAL not in kinds or lack.kind != PART:
+            yield replace(lack, may_be_meant=lack.may_be_meant or is_slice)
 
 
 def _merged(names: Iterable[str]) -> dict[str, None]:
@@ -165,18 +171,17 @@ def _missing_outside(
     """Embedding, last norm and head; attention too, if no layer has any."""
     weights = [name for name in names if not name.endswith(".bias")]
     has_embedding = any(_EMBEDDING.search(name) and not _NORM.search(name) for name in weights)
-    mixes = not layers or any(has_mixer(layer) for of in layers.values() for layer in of.values())
-    if not (has_embedding or mixes):
-        yield Lack("config.json", "is that of a whole model; only experts are there", PARTIAL, True)
-        return
     roots = tuple(stack.rpartition(".")[0] for stack in layers)
     modules = [name.removesuffix(".weight") for name in weights if name.startswith(roots)]
-    has_norm = not roots or any(
-        _LAST_NORM.fullmatch(module.rpartition(".")[2]) for module in modules
-    )
+    has_norm = any(_LAST_NORM.fullmatch(module.rpartition(".")[2]) for module in modules)
+    if not (has_embedding or has_norm):
+        problem = "is that of a whole model; only layers are there, no embedding and no last norm"
+        yield Lack("config.json", problem, PARTIAL, True)
+        return
+    mixes = not layers or any(has_mixer(layer) for of in layers.values() for layer in of.values())
     for is_there, what in (
         (has_embedding, "no embedding (embed_tokens) is there"),
-        (has_norm, "no norm after the last layer is there"),
+        (has_norm or not roots, "no norm after the last layer is there"),
         (mixes, "no layer has attention"),
     ):
         if not is_there:

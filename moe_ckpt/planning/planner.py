@@ -19,7 +19,7 @@ from ..dialects import Dialect, dialect_for
 from ..errors import LayoutError, Problems, RecipeError, UsageError, show, show_some
 from ..formats import UNQUANTIZED, find_format
 from ..layouts import Detection, Given, detect
-from ..layouts.completeness import what_is_missing
+from ..layouts.completeness import PARTIAL, Lack, what_is_missing
 from ..limits import parse_size
 from ..plan import OutShard, Plan
 from ..source.checkpoint import RECIPE_FILE, Source, open_source
@@ -77,27 +77,26 @@ def make_plan(in_dir: str | os.PathLike[str], **options: Unpack[PlanOptions]) ->
     amax = problems.catch(lambda: read_amax(asked.weight_amax, source) if asked.weight_amax else {})
     problems.check()
     assert detection is not None
-    incomplete = _refuse_incomplete(weights, detection, source.config, problems)
+    lacks = _refuse_incomplete(weights, detection, source.config, problems)
     problems.check()
     assert amax is not None
     form = form_of_experts(detection, asked.experts, recipe.formats, dialect)
-    planner = _Planner(source, weights, detection, recipe, dialect, form, asked, incomplete)
+    planner = _Planner(source, weights, detection, recipe, dialect, form, asked, lacks)
     return planner.plan(stats, amax)
 
 
 def _refuse_incomplete(
     weights: Weights, detection: Detection, config: Mapping[str, Any], problems: Problems
-) -> tuple[str, ...]:
-    """Report what the model lacks; what people leave out on purpose is returned as warnings."""
+) -> list[Lack]:
+    """Report what the model lacks; what people leave out on purpose is returned."""
     lacks = what_is_missing(weights.tensors, config, detection.family, detection.stacks)
     for lack in lacks:
         if not lack.may_be_meant:
             problems.add(
                 LayoutError,
-                f"{lack.where}: {lack.problem}; download the checkpoint again, or let config.json "
-                "say what is there",
+                f"{lack}; download the checkpoint again, or let config.json say what is there",
             )
-    return tuple(f"{lack.where}: {lack.problem}" for lack in lacks if lack.may_be_meant)
+    return [lack for lack in lacks if lack.may_be_meant]
 
 
 def _refuse_without_stats(recipe: Recipe, weights: Weights, stats_files: Sequence[str]) -> None:
@@ -125,10 +124,10 @@ class _Planner:
         dialect: Dialect,
         form: str,
         asked: Options,
-        incomplete: tuple[str, ...],
+        lacks: Sequence[Lack],
     ) -> None:
         self.form = form
-        self.incomplete = incomplete
+        self.lacks = lacks
         self.asked = asked
         self.source = source
         self.weights = weights
@@ -210,7 +209,7 @@ class _Planner:
             notes=self._notes(calibration, assigned, formats),
             warnings_by_kind={
                 "files": (*source.warnings, *self.weights.warnings),
-                "layers": self.incomplete,
+                "layers": tuple(str(lack) for lack in self.lacks if lack.kind != PARTIAL),
                 "runtimes": runtime_warnings(
                     detection, self.form, self.dialect, runtimes, tuple(formats), make.part_blocks
                 ),
@@ -273,7 +272,8 @@ class _Planner:
         formats: Mapping[str, int],
     ) -> tuple[str, ...]:
         files = self.asked.stats_files
-        notes = list(calibration.stats.notes) if calibration else []
+        notes = [str(lack) for lack in self.lacks if lack.kind == PARTIAL]
+        notes += list(calibration.stats.notes) if calibration else []
         if self._lacks_stats and self._carries_input_scales:
             notes.append(
                 "no statistics: quantized modules keep the input scales of the source, those "

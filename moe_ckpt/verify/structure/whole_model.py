@@ -15,16 +15,15 @@ _NOT_NOTICED = (
     "vLLM checks no quantized model for weights that are missing: it computes with what memory "
     "held; others stop"
 )
-_EFFECTS = {
-    MTP: "the model itself works; speculative decoding with these layers stops, or drafts noise",
-    PARTIAL: "no runtime computes with it as it is",
-}
+_NOT_DRAFTED = (
+    "the model itself works; speculative decoding with these layers stops, or drafts noise"
+)
 
 
 def check_whole_model(subject: Subject, findings: Findings) -> None:
     """Report layers, parts of layers and what is beside them that the model should have.
 
-    Where all but the experts is left out, layers may be too.
+    Where nothing but layers is there, this is said, and those that are missing are a warning.
     """
     detection = subject.detection
     names = {**subject.source.tensors, **dict.fromkeys(subject.lost)}
@@ -39,6 +38,9 @@ def check_whole_model(subject: Subject, findings: Findings) -> None:
         return  # of the number of layers, which is told with the experts
     is_partial = any(lack.kind == PARTIAL for lack in lacks)
     for lack in lacks:
+        if lack.kind == PARTIAL:
+            findings.skipped["whole model"] = lack.problem
+            continue
         grade = WARNING if is_partial or lack.kind == MTP else ERROR
-        effect = _EFFECTS.get(lack.kind, _NOT_NOTICED)
+        effect = _NOT_DRAFTED if lack.kind == MTP else _NOT_NOTICED
         findings.add("structure", lack.where, lack.problem, effect, grade)
