@@ -7,7 +7,8 @@ is decided here too.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from .files import read_failure, read_regular
 from .headers import Shard, TensorInfo, read_header
 from .strict_json import parse_object, show_value, type_name
 
-__all__ = ["SideFile", "Source", "is_safe_shard_name", "open_source", "shards_in"]
+__all__ = ["SideFile", "Source", "is_safe_shard_name", "missing_of", "open_source", "shards_in"]
 
 # What runtimes look for in a folder, in the source and in the output alike.
 INDEX = "model.safetensors.index.json"
@@ -34,6 +35,8 @@ _OTHER_WEIGHTS = (
 ).split()
 _SKIPPED_FOLDERS = {".cache", ".git", ".moe-ckpt", "original"}
 _REWRITTEN = {CONFIG, INDEX, HF_QUANT_CONFIG, RECIPE_FILE}
+
+_NUMBERED = re.compile(r"(.+-)([0-9]{1,6})(-of-)([0-9]{1,6})(\.safetensors)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +99,9 @@ def _open_source(root: Path) -> Source:
     problems = Problems()
     shards: dict[str, Shard] = {}
     tensors: dict[str, TensorInfo] = {}
+    stale: dict[str, TensorInfo] = {}
     present = shards_in(root)
-    for name in sorted(set(weight_map.values())) if weight_map else [_only_shard(root)]:
+    for name in sorted(set(weight_map.values())) if weight_map else _without_index(root):
         if name not in present:
             problems.add(
                 CheckpointError, f"{name}: shard is missing; download the checkpoint again"
@@ -108,16 +112,15 @@ def _open_source(root: Path) -> Source:
             continue
         shards[name], found = read
         for info in found:
+            if weight_map.get(info.name, name) != name:
+                stale[info.name] = info
+                continue
             if info.name in tensors:
-                problems.add(
-                    CheckpointError,
-                    f"{show(info.name)}: is in two shards, {tensors[info.name].shard} and {name}; "
-                    "download both again, with their index",
-                )
+                problems.add(CheckpointError, _in_two_shards(tensors[info.name], info, weight_map))
             tensors[info.name] = info
     problems.check()
     if weight_map:
-        warnings += _compare_with_index(weight_map, tensors)
+        warnings += _compare_with_index(weight_map, tensors, stale)
     side_files, left_out, more = _side_files(root, set(shards))
     return Source(
         root=root,
@@ -181,15 +184,34 @@ def shards_in(root: Path) -> set[str]:
     return {entry.name for entry in os.scandir(root) if entry.name.endswith(".safetensors")}
 
 
-def _only_shard(root: Path) -> str:
+def missing_of(names: Iterable[str]) -> list[str]:
+    """The shards that must be there by the ``-of-N`` in the names of others, and are not.
+
+    >>> missing_of(["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"])
+    ['model-00002-of-00003.safetensors']
+    """
+    there = set(names)
+    counted: dict[tuple[str, ...], str] = {}
+    for match in filter(None, map(_NUMBERED.fullmatch, sorted(there))):
+        counted.setdefault((match[1], match[3], match[4], match[5]), match[2])
+    return [
+        name
+        for (stem, of, count, ending), number in counted.items()
+        for n in range(1, int(count) + 1)
+        if (name := f"{stem}{n:0{len(number)}d}{of}{count}{ending}") not in there
+    ]
+
+
+def _without_index(root: Path) -> list[str]:
+    """The shards of a folder without an index: all, as vLLM and SGLang read them."""
     shards = sorted(name for name in shards_in(root) if not _is_other_index(name))
-    if len(shards) == 1:
-        return shards[0]
-    if shards:
+    if missing := missing_of(shards):
         raise CheckpointError(
-            f"{INDEX}: is missing, and the folder holds {len(shards)} .safetensors files "
-            f"({show_some(shards)}); download the index"
+            f"{show_some(missing)}: shard is missing, for others are named as of so many; "
+            "download it"
         )
+    if shards:
+        return shards
     others = sorted(
         e.name for e in os.scandir(root) if Path(e.name).suffix in {".bin", ".pt", ".pth", ".gguf"}
     )
@@ -200,25 +222,49 @@ def _only_shard(root: Path) -> str:
     )
 
 
-def _compare_with_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> list[str]:
+def _in_two_shards(one: TensorInfo, other: TensorInfo, weight_map: Mapping[str, str]) -> str:
+    """Why a tensor is refused of which no index says which shard counts."""
+    if weight_map:
+        what = f"{INDEX} names neither; name the one that counts there"
+    else:
+        what = (
+            f'there is no {INDEX} to say which counts; write one, with "weight_map", tensor -> '
+            "shard, or move the shard that does not belong here to another folder"
+        )
+    return f"{show(one.name)}: is in two shards, {one.shard} and {other.shard}, and {what}"
+
+
+def _compare_with_index(
+    weight_map: Mapping[str, str],
+    tensors: Mapping[str, TensorInfo],
+    stale: Mapping[str, TensorInfo],
+) -> list[str]:
+    """What to warn of; ``stale`` are tensors in another shard than the index names."""
     problems = Problems()
     for name, shard in weight_map.items():
-        info = tensors.get(name)
-        if info is None:
+        if name in tensors:
+            continue
+        if name in stale:
+            problems.add(
+                CheckpointError,
+                f"{INDEX}: {show(name)}: is in {stale[name].shard}, not in {shard}; download the "
+                "index and both again",
+            )
+        else:
             problems.add(
                 CheckpointError, f"{INDEX}: {show(name)}: is not in {shard}; download it again"
             )
-        elif info.shard != shard:
-            problems.add(
-                CheckpointError,
-                f"{INDEX}: {show(name)}: is in {info.shard}, not in {shard}; download the index "
-                "and both again",
-            )
     problems.check()
+    warnings = []
+    if stale:
+        copies = [f"{name} in {info.shard}" for name, info in stale.items()]
+        warnings.append(
+            f"left out, for the index names another shard that has it: {show_some(copies)}"
+        )
     unlisted = [name for name in tensors if name not in weight_map]
-    if not unlisted:
-        return []
-    return [f"carried over, though the index does not name it: {show_some(unlisted)}"]
+    if unlisted:
+        warnings.append(f"carried over, though the index does not name it: {show_some(unlisted)}")
+    return warnings
 
 
 def _side_files(root: Path, shards: set[str]) -> tuple[list[SideFile], list[str], list[str]]:

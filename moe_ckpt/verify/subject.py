@@ -245,13 +245,16 @@ class _Opening:
                 self._add_all(name, error, "runtimes stop when they open it")
                 continue
             for info in found:
-                if info.name in tensors:
+                there = tensors.get(info.name)
+                if there is not None:
                     self._add(
                         info.name,
-                        f"is in two shards, {tensors[info.name].shard} and {name}",
-                        "which of them a runtime keeps is left to chance",
+                        f"is in two shards, {there.shard} and {name}",
+                        f"{'transformers goes by the index; ' if weight_map else ''}vLLM keeps "
+                        "that of the last file by name, with SGLang it is left to chance",
                     )
-                tensors[info.name] = info
+                if there is None or weight_map.get(info.name) != there.shard:
+                    tensors[info.name] = info
         lost = [tensor for tensor, shard in weight_map.items() if shard not in shards]
         return shards, tensors, lost
 
