@@ -14,6 +14,7 @@ from .errors import OutputRefusedError, Problems, show
 from .layouts import Detection, Given, detect
 from .layouts.places import expert_modules, place_of_experts, place_of_linears
 from .layouts.roles import is_matrix, module_of
+from .layouts.strays import with_mtp_shards
 from .limits import Limits
 from .output.durable import publish, write_new
 from .planning.amax_file import amax_text, source_digest
@@ -63,7 +64,7 @@ def scan(
     """
     path = Path(out_file)
     _check_out_file(path, Path(in_dir), overwrite=overwrite)
-    source = open_source(in_dir)
+    source = with_mtp_shards(open_source(in_dir))
     weights = weights_of(source)
     found = detect(weights.tensors, source.config, Given(layout, gate_up_order))
     places = list(_places(weights, found))

@@ -19,7 +19,8 @@ from .roles import is_multi_token, set_aside
 from .sisters import Layer, has_mixer, incomplete, missing_parts
 from .sizes import announced_mtp, levels_of, num_hidden_layers, num_stacked_layers
 
-__all__ = ["HEAD", "LAYERS", "MTP", "OUTSIDE", "PART", "PARTIAL", "Lack", "what_is_missing"]
+__all__ = ["HEAD", "LAYERS", "MTP", "OUTSIDE", "PART", "PARTIAL", "Lack", "stacks_of"]
+__all__ += ["what_is_missing"]
 
 # What is missing: whole layers; a part of a layer; the embedding, the last norm or all attention;
 # the head; layers for multi-token prediction; all but the layers.
@@ -100,6 +101,11 @@ def what_is_missing(
     if family:
         lacks += _missing_outside(outside, config, layers)
     return [*_meant(lacks), *_missing_mtp(config, has_mtp, beyond, num_layers)]
+
+
+def stacks_of(names: Iterable[str]) -> frozenset[str]:
+    """The paths that hold layers with experts, found by that word."""
+    return _stacks_in(_merged(names))
 
 
 def _meant(lacks: list[Lack]) -> Iterator[Lack]:

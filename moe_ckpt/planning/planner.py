@@ -20,6 +20,7 @@ from ..errors import LayoutError, Problems, RecipeError, UsageError, show, show_
 from ..formats import UNQUANTIZED, find_format
 from ..layouts import Detection, Given, detect
 from ..layouts.completeness import PARTIAL, Lack, what_is_missing
+from ..layouts.strays import with_mtp_shards
 from ..limits import parse_size
 from ..plan import OutShard, Plan
 from ..source.checkpoint import RECIPE_FILE, Source, open_source
@@ -67,7 +68,7 @@ def make_plan(in_dir: str | os.PathLike[str], **options: Unpack[PlanOptions]) ->
     asked = Options(**options)
     recipe = asked.read_recipe()
     dialect = dialect_for(recipe.formats, asked.dialect)
-    source = open_source(in_dir)
+    source = with_mtp_shards(open_source(in_dir))
     weights = weights_of(source)
     _refuse_without_stats(recipe, weights, asked.stats_files)
     problems = Problems()
@@ -208,7 +209,7 @@ class _Planner:
             stats_covered=calibration.covered if calibration else 0,
             notes=self._notes(calibration, assigned, formats),
             warnings_by_kind={
-                "files": (*source.warnings, *self.weights.warnings),
+                "files": (*self._strays(), *source.warnings, *self.weights.warnings),
                 "layers": tuple(str(lack) for lack in self.lacks if lack.kind != PARTIAL),
                 "runtimes": runtime_warnings(
                     detection, self.form, self.dialect, runtimes, tuple(formats), make.part_blocks
@@ -272,8 +273,7 @@ class _Planner:
         formats: Mapping[str, int],
     ) -> tuple[str, ...]:
         files = self.asked.stats_files
-        notes = [str(lack) for lack in self.lacks if lack.kind == PARTIAL]
-        notes += list(calibration.stats.notes) if calibration else []
+        notes = list(calibration.stats.notes) if calibration else []
         if self._lacks_stats and self._carries_input_scales:
             notes.append(
                 "no statistics: quantized modules keep the input scales of the source, those "
@@ -303,6 +303,7 @@ class _Planner:
                 f"dialect {self.dialect.name} has no FP8 KV cache: the source's scheme and its "
                 "scales are left out"
             )
+        notes += [str(lack) for lack in self.lacks if lack.kind == PARTIAL]
         return tuple(notes)
 
     @property
@@ -322,6 +323,10 @@ class _Planner:
                 "activations are; statistics of your data (convert --stats) are more accurate",
             )
         return calibration.warnings(self.weights.tensors) if calibration else ()
+
+    def _strays(self) -> Iterator[str]:
+        if self.source.strays:
+            yield f"left out, the index does not name it: {show_some(self.source.strays)}"
 
     def _refuse_collisions(self, shards: Sequence[OutShard]) -> None:
         names = [tensor.name for shard in shards for tensor in shard.tensors]

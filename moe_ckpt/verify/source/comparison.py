@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from ...engines import Backend
 from ...layouts import Given, detect
+from ...layouts.strays import with_mtp_shards
 from ...limits import Limits
 from ...source.checkpoint import open_source
 from ...source.headers import Shard
@@ -25,7 +26,7 @@ from ...work.reader import SourceReader
 from ...work.worker import Worker
 from ..findings import Findings
 from ..subject import Subject
-from .beside import check_config_json, check_side_files
+from .beside import check_config_json, check_side_files, name_left_out
 from .comparer import Compared, Comparer
 from .differences import report
 from .lookup import Lookup
@@ -62,12 +63,13 @@ def against_source(
         InputError: the source cannot be read.
         EnvironmentFaultError: disk, memory or GPU failed.
     """
-    source = open_source(source_dir)
+    source = with_mtp_shards(open_source(source_dir))
     weights = weights_of(source)
     detection = detect(weights.tensors, source.config, _given(subject))
     with environment_faults():
         check_config_json(subject, source, findings)
         check_side_files(subject, source, findings)
+        name_left_out(subject, source, findings)
         lookup = Lookup(subject)
         pairs = pair_up(subject, weights, detection, lookup, findings)
         chosen: list[CopyPair | MatrixPair] = list(spread_over(pairs.copies, sample))
