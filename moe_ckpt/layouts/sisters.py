@@ -46,9 +46,13 @@ _SHARED = (
 
 # What no kind of layer is without, if any has it.
 _EVERYWHERE = re.compile(r".*\.(([qkvo]_proj|out_proj|[qk]_norm)\.\w+|sinks)")
-_TRIPLES: tuple[tuple[str, ...], ...] = (("gate_proj", "up_proj", "down_proj"), ("w1", "w2", "w3"))
+_TRIPLES: tuple[tuple[str, ...], ...] = (
+    ("gate_proj", "up_proj", "down_proj"),
+    ("linear_gate", "up_proj", "down_proj"),
+    ("w1", "w2", "w3"),
+)
 _EXPERTS = re.compile(r"(^|\.)experts$")
-_ROUTER = re.compile(r"(^|\.)(gate|wg|router\w*)(\.|$)|_gate\.weight$")
+_ROUTER = re.compile(r"(^|\.)(gate|wg|router\w*)(\.|$)")
 
 
 def has_mixer(layer: Layer) -> bool:
