@@ -9,7 +9,7 @@ from dataclasses import replace
 from ..errors import CheckpointError, show_some
 from ..source.checkpoint import Source
 from ..source.headers import read_header
-from .completeness import stacks_of
+from .missing import stacks_of
 from .roles import is_multi_token
 from .sizes import num_hidden_layers
 

@@ -19,7 +19,7 @@ from ..dialects import Dialect, dialect_for
 from ..errors import LayoutError, Problems, RecipeError, UsageError, show, show_some
 from ..formats import UNQUANTIZED, find_format
 from ..layouts import Detection, Given, detect
-from ..layouts.completeness import PARTIAL, Lack, what_is_missing
+from ..layouts.missing import PARTIAL, Lack, what_is_missing
 from ..layouts.strays import with_mtp_shards
 from ..limits import parse_size
 from ..plan import OutShard, Plan

@@ -62,9 +62,9 @@ class Source:
     shards: Mapping[str, Shard]
     tensors: Mapping[str, TensorInfo]
     side_files: tuple[SideFile, ...]
-    strays: tuple[str, ...]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
+    strays: tuple[str, ...] = ()
 
 
 def open_source(folder: str | os.PathLike[str]) -> Source:
@@ -133,9 +133,9 @@ def _open_source(root: Path) -> Source:
         shards=shards,
         tensors=tensors,
         side_files=tuple(side_files),
-        strays=tuple(strays),
         left_out=tuple(left_out),
         warnings=(*warnings, *more),
+        strays=tuple(strays),
     )
 
 

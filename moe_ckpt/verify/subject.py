@@ -113,7 +113,6 @@ def open_subject(
         shards=shards,
         tensors=tensors,
         side_files=(),
-        strays=(),
         left_out=(),
         warnings=(),
     )

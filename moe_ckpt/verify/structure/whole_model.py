@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...errors import LayoutError
-from ...layouts.completeness import MTP, PARTIAL, what_is_missing
+from ...layouts.missing import MTP, PARTIAL, what_is_missing
 from ...layouts.sizes import model_type_of
 from ...layouts.table import find_family
 from ..findings import ERROR, WARNING, Findings

@@ -9,7 +9,7 @@ import pytest
 from kit.command import run_here
 from kit.files import FIXTURES, write_headers
 
-from moe_ckpt.layouts.completeness import (
+from moe_ckpt.layouts.missing import (
     HEAD,
     LAYERS,
     MTP,

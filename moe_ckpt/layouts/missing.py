@@ -180,11 +180,11 @@ def _missing_outside(
     roots = tuple(stack.rpartition(".")[0] for stack in layers)
     modules = [name.removesuffix(".weight") for name in weights if name.startswith(roots)]
     has_norm = any(_LAST_NORM.fullmatch(module.rpartition(".")[2]) for module in modules)
-    if not (has_embedding or has_norm):
-        problem = "is that of a whole model; only layers are there, no embedding and no last norm"
+    mixes = not layers or any(has_mixer(layer) for of in layers.values() for layer in of.values())
+    if not has_embedding and not (has_norm and mixes):
+        problem = "is that of a whole model; only layers are there, or experts, and no embedding"
         yield Lack("config.json", problem, PARTIAL, True)
         return
-    mixes = not layers or any(has_mixer(layer) for of in layers.values() for layer in of.values())
     for is_there, what in (
         (has_embedding, "no embedding (embed_tokens) is there"),
         (has_norm or not roots, "no norm after the last layer is there"),
