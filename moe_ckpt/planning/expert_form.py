@@ -77,6 +77,8 @@ def runtimes_of_output(
     known = set(family.split_runtimes(detection.model_type))
     if form == "fused":
         known = set.intersection(*(set(family.fused_runtimes.get(f, ())) for f in of_experts))
+    if family.renamed_in_transformers and set(formats) != {UNQUANTIZED}:
+        known.discard(TRANSFORMERS)
     linears = [name for name in formats if name not in of_experts]
     spelled = runtimes_of_spelling(dialect, of_experts, linears)
     return tuple(name for name in spelled if name in known)
@@ -101,6 +103,11 @@ def runtime_warnings(
         found.append(
             f"no runtime is known to load {' and '.join(formats)} of model type {model_type} with "
             f"{form} experts in dialect {dialect.name}; try the result before you rely on it"
+        )
+    if family.released_as and set(family.runtimes) <= {TRANSFORMERS}:
+        found.append(
+            f"config.json names an architecture of transformers that vLLM and SGLang do not have; "
+            f"releases of {model_type} name {' or '.join(family.released_as)}"
         )
     if family.instead and set(formats) != {UNQUANTIZED}:
         found.append(f"model type {model_type}: {family.instead}")

@@ -19,8 +19,10 @@ from ..dialects import Dialect, dialect_for
 from ..errors import LayoutError, Problems, RecipeError, UsageError, show, show_some
 from ..formats import UNQUANTIZED, find_format
 from ..layouts import Detection, Given, detect
+from ..layouts.config_keys import complete_config
 from ..layouts.missing import PARTIAL, Lack, what_is_missing
 from ..layouts.strays import with_mtp_shards
+from ..layouts.unwrapping import Changes, unwrap, without_wrappers
 from ..limits import parse_size
 from ..plan import OutShard, Plan
 from ..source.checkpoint import RECIPE_FILE, Source, open_source
@@ -68,13 +70,15 @@ def make_plan(in_dir: str | os.PathLike[str], **options: Unpack[PlanOptions]) ->
     asked = Options(**options)
     recipe = asked.read_recipe()
     dialect = dialect_for(recipe.formats, asked.dialect)
-    source = with_mtp_shards(open_source(in_dir))
+    unwrapped = unwrap(with_mtp_shards(open_source(in_dir)))
+    source = unwrapped.source
     weights = weights_of(source)
     _refuse_without_stats(recipe, weights, asked.stats_files)
     problems = Problems()
     given = Given(asked.layout, asked.gate_up_order)
     detection = problems.catch(lambda: detect(weights.tensors, source.config, given))
-    stats = problems.catch(lambda: read_stats(asked.stats_files) if asked.stats_files else None)
+    files = asked.stats_files
+    stats = problems.catch(lambda: read_stats(files, without_wrappers) if files else None)
     amax = problems.catch(lambda: read_amax(asked.weight_amax, source) if asked.weight_amax else {})
     problems.check()
     assert detection is not None
@@ -82,7 +86,8 @@ def make_plan(in_dir: str | os.PathLike[str], **options: Unpack[PlanOptions]) ->
     problems.check()
     assert amax is not None
     form = form_of_experts(detection, asked.experts, recipe.formats, dialect)
-    planner = _Planner(source, weights, detection, recipe, dialect, form, asked, lacks)
+    changes = unwrapped.changes
+    planner = _Planner(source, weights, detection, recipe, dialect, form, asked, changes, lacks)
     return planner.plan(stats, amax)
 
 
@@ -125,17 +130,20 @@ class _Planner:
         dialect: Dialect,
         form: str,
         asked: Options,
+        changes: Changes,
         lacks: Sequence[Lack],
     ) -> None:
         self.form = form
         self.lacks = lacks
         self.asked = asked
+        self.changes = changes
         self.source = source
         self.weights = weights
         self.detection = detection
         self.recipe = recipe
         self.dialect = dialect
         self.problems = Problems()
+        self.completed = complete_config(source.config, weights.tensors.keys())
 
     def plan(self, stats: Stats | None, weight_amax: Mapping[str, float]) -> Plan:
         """The plan, from statistics and weight amax; raises `InputError` with all problems."""
@@ -143,7 +151,9 @@ class _Planner:
         calibration = None
         kv_cache = self.asked.kv_cache == "fp8"
         if stats and (kv_cache or any(find_format(f).input_scale for f in self.recipe.formats)):
-            calibration = Calibration(stats, detection, self.asked.missing_stats == "constant")
+            calibration = Calibration(
+                stats, detection, self.asked.missing_stats == "constant", self.changes
+            )
         wishes = formats_of_experts(detection, self.recipe, problems)
         choice = choose(self.weights.tensors, detection, self.recipe, problems)
         if not choice.linears and set(wishes) == {KEEP}:
@@ -154,7 +164,7 @@ class _Planner:
             )
         problems.check()
         assigned = assign(
-            source.config,
+            self.completed.config,
             self.weights,
             detection,
             choice,
@@ -209,8 +219,16 @@ class _Planner:
             stats_covered=calibration.covered if calibration else 0,
             notes=self._notes(calibration, assigned, formats),
             warnings_by_kind={
-                "files": (*self._strays(), *source.warnings, *self.weights.warnings),
-                "layers": tuple(str(lack) for lack in self.lacks if lack.kind != PARTIAL),
+                "files": (
+                    *self._strays(),
+                    *source.warnings,
+                    *self.weights.warnings,
+                    *self.completed.warnings,
+                ),
+                "layers": (
+                    *detection.warnings,
+                    *(str(lack) for lack in self.lacks if lack.kind != PARTIAL),
+                ),
                 "runtimes": runtime_warnings(
                     detection, self.form, self.dialect, runtimes, tuple(formats), make.part_blocks
                 ),
@@ -273,7 +291,8 @@ class _Planner:
         formats: Mapping[str, int],
     ) -> tuple[str, ...]:
         files = self.asked.stats_files
-        notes = list(calibration.stats.notes) if calibration else []
+        notes = [*self.source.notes, *(calibration.stats.notes if calibration else ())]
+        notes += self.completed.notes
         if self._lacks_stats and self._carries_input_scales:
             notes.append(
                 "no statistics: quantized modules keep the input scales of the source, those "

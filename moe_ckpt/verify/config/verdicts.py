@@ -10,7 +10,8 @@ from ...dialects.methods import METHODS
 from ...errors import show
 from ...formats import UNQUANTIZED
 from ...layouts.sizes import model_type_of
-from ...layouts.table import UNSUPPORTED, find_family
+from ...layouts.table import UNSUPPORTED
+from ...layouts.wrappers import family_of_config
 from ...runtimes import RUNTIMES, TRANSFORMERS
 from ..findings import Runtime
 from ..inventory import Inventory
@@ -61,7 +62,7 @@ def _of_family(
 ) -> str:
     """Why a runtime does not read the experts of this model in this form, '' if it does."""
     model_type = model_type_of(subject.config)
-    family = find_family(model_type)
+    family = family_of_config(subject.config)
     if not inventory.experts:
         return ""
     if family is None:
@@ -70,9 +71,13 @@ def _of_family(
             f": {reason}" if reason else ""
         )
     stacked = {m.format for found in inventory.experts.values() for m in found.stacked.values()}
+    if runtime == TRANSFORMERS and family.renamed_in_transformers and subject.method:
+        return f"it names linear layers of {model_type} otherwise, and reads it unquantized only"
     if not stacked:
         if runtime in family.split_runtimes(model_type):
             return ""
+        if family.released_as and runtime != TRANSFORMERS:
+            return f"it has {model_type} as architecture {family.released_as[0]} only"
         if runtime == TRANSFORMERS and family.in_transformers:
             return f"it reads the experts of {model_type} only fused"
         return family.instead or f"it has no {model_type}"
