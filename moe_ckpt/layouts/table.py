@@ -548,6 +548,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="inkling2",
         model_types=("inkling2", "inkling2_loop"),
+        uneven=("attention_input", "controllers", "message_gate"),
         roots=("model.llm.",),
         forms=(Form("fused", "mlp.experts", ("w13_weight", "w2_weight"), order=INTERLEAVED),),
         not_restorable=("model.language_model.",),

@@ -24,7 +24,10 @@ from moe_ckpt.layouts.table import find_family
 HEADERS = json.loads((FIXTURES / "layout-headers.json").read_text())
 MODELS = [name for name in HEADERS if find_family(name)]
 # What transformers announces and does not save.
-WITHOUT_MTP = {"deepseek_v3", "glm4_moe", "kimi_k25", "deepseek_v4"}
+WITHOUT_MTP = {"deepseek_v3", "glm4_moe", "kimi_k25", "deepseek_v4", "bailing_hybrid"}
+# Two layers of two kinds, or most of it is no text model.
+FEW_SISTERS = {"bailing_hybrid", "beam", "lara_mini", "deepseek_ocr2", "unlimited_ocr", "hy_v4_vl"}
+FEW_SISTERS |= {"inkling2", "inkling2_loop", "mistral_large4", "muse_spark"}
 # No part of any other layer has these, so that nobody can miss them in a model of two layers.
 ALONE = {
     "qwen3_next": r"linear_attn|self_attn",
@@ -69,7 +72,7 @@ def test_nothing_is_missing_from_what_transformers_saves(name, mode):
     assert kinds == ([MTP] if name in WITHOUT_MTP else [])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in FEW_SISTERS])
 def test_every_tensor_is_missed_that_a_sister_has(name):
     header = HEADERS[name]["A"]["header"]
     passed_over = re.compile(
