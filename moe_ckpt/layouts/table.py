@@ -238,6 +238,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="axk1",
         model_types=("axk1",),
+        uneven=("post_mlp_layernorm",),
         renames=(("mlp.post_mlp_layernorm.", "post_mlp_layernorm."),),
         runtimes=(VLLM, TRANSFORMERS),
     ),
@@ -439,6 +440,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("gemma4", "gemma4_text"),
         roots=("model.language_model.", "model."),
         in_tensorrt_llm=("gemma4", "gemma4_text"),
+        uneven=("self_attn.v_proj.",),  # those whose values are their keys
         split="experts",
         forms=(Form("fused", "experts", GATE_UP_PROJ),),
         runtimes=SERVERS,
@@ -446,6 +448,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="diffusion_gemma",
         model_types=("diffusion_gemma",),
+        uneven=("self_attn.v_proj.",),  # those whose values are their keys
         roots=("model.decoder.", "model.encoder.language_model."),
         split="experts",
         forms=(Form("fused", "experts", GATE_UP_PROJ),),
@@ -522,6 +525,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="zaya",
         model_types=("zaya",),
+        uneven=("gate.router_states_scale",),
         instead="SGLang reads a linear_fc1 and a linear_fc2 for each expert, unquantized",
         runtimes=(),
     ),
@@ -545,6 +549,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="inkling2",
         model_types=("inkling2", "inkling2_loop"),
+        uneven=("attention_input", "controllers", "message_gate"),
         roots=("model.llm.",),
         forms=(Form("fused", "mlp.experts", ("w13_weight", "w2_weight"), order=INTERLEAVED),),
         not_restorable=("model.language_model.",),

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import show
 from ..verify.findings import ERROR, GRADES, UNCHECKED, WARNING, Findings, by_effect
 from ..words import count_of, counted
+from .text import left_out_lines
 
 __all__ = ["document", "lines", "outcome"]
 
@@ -41,6 +42,7 @@ def document(findings: Findings) -> dict[str, Any]:
             for found in findings.differences
         ],
         "skipped": dict(findings.skipped),
+        "left_out": list(findings.left_out),
     }
 
 
@@ -88,6 +90,7 @@ def lines(findings: Findings, *, quiet: bool = False) -> Iterator[str]:
     if findings.counts:
         yield f"Checked   {', '.join(counted(findings.counts))}"
     yield from _difference_lines(findings)
+    yield from left_out_lines(findings.left_out)
     for part, why in findings.skipped.items():
         yield f"Not done  {part}: {why}"
 

@@ -18,6 +18,7 @@ from ..dialects.config import CONFIG, HF_QUANT_CONFIG
 from ..errors import CheckpointError, Problems, show, show_some
 from .files import changed, open_planned, open_regular, read_failure, read_regular
 from .headers import Shard, TensorInfo, read_header
+from .nested import nested_checkpoints
 from .strict_json import parse_object, show_value, type_name
 
 __all__ = ["SideFile", "Source", "is_safe_shard_name", "missing_of", "open_side_file"]
@@ -64,7 +65,11 @@ class SideFile:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint whose headers, index and config agree with each other."""
+    """A checkpoint whose headers, index and config agree with each other.
+
+    ``strays``: shards beside those of the index, which it does not name. They are among
+    ``left_out``, which names files and, with a ``/`` at the end, folders that are not copied.
+    """
 
     root: Path
     config: Mapping[str, Any]
@@ -73,6 +78,7 @@ class Source:
     side_files: tuple[SideFile, ...]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
+    strays: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -106,7 +112,7 @@ def _open_source(root: Path) -> Source:
         CheckpointError,
         constants=True,  # transformers writes Infinity, e.g. for time_step_limit
     )
-    weight_map, warnings = _find_shards(root)
+    weight_map, strays = _find_shards(root)
     problems = Problems()
     shards: dict[str, Shard] = {}
     tensors: dict[str, TensorInfo] = {}
@@ -130,8 +136,7 @@ def _open_source(root: Path) -> Source:
                 problems.add(CheckpointError, _in_two_shards(tensors[info.name], info, weight_map))
             tensors[info.name] = info
     problems.check()
-    if weight_map:
-        warnings += _compare_with_index(weight_map, tensors, stale)
+    warnings = _compare_with_index(weight_map, tensors, stale) if weight_map else []
     side_files, left_out, more = _side_files(root, set(shards))
     return Source(
         root=root,
@@ -141,6 +146,7 @@ def _open_source(root: Path) -> Source:
         side_files=tuple(side_files),
         left_out=tuple(left_out),
         warnings=(*warnings, *more),
+        strays=tuple(strays),
     )
 
 
@@ -161,7 +167,7 @@ def _refuse_adapter(root: Path) -> None:
 
 
 def _find_shards(root: Path) -> tuple[dict[str, str], list[str]]:
-    """The weight_map of the index ({} if there is none), and warnings about other shards."""
+    """The weight_map of the index ({} if there is none), and the shards that it does not name."""
     if not os.path.lexists(root / INDEX):
         return {}, []
     index = parse_object(
@@ -190,9 +196,7 @@ def _find_shards(root: Path) -> tuple[dict[str, str], list[str]]:
             f"{SINGLE}: stands beside {INDEX}, which does not name it; runtimes disagree on which "
             "to read. Remove the stale one"
         )
-    if strays:
-        return weight_map, [f"left out, the index does not name it: {show_some(sorted(strays))}"]
-    return weight_map, []
+    return weight_map, sorted(strays)
 
 
 def is_safe_shard_name(name: str) -> bool:
@@ -299,11 +303,14 @@ def _side_files(root: Path, shards: set[str]) -> tuple[list[SideFile], list[str]
     files: list[SideFile] = []
     left_out = ["original/"] if (root / "original").is_dir() else []
     warnings: list[str] = []
-    for path in sorted(_walk(root)):
-        name = path.relative_to(root).as_posix()
+    paths = {path.relative_to(root).as_posix(): path for path in sorted(_walk(root))}
+    nested = dict(nested_checkpoints(paths, _OTHER_WEIGHTS[:-1]))
+    for name, path in paths.items():
         if name in shards or name in _REWRITTEN:
             continue
-        if path.suffix in _OTHER_WEIGHTS or _is_other_index(path.name) or name == ADAPTER_CONFIG:
+        folder = next((folder for folder in nested if name.startswith(f"{folder}/")), "")
+        is_weights = path.suffix in _OTHER_WEIGHTS or _is_other_index(path.name)
+        if (is_weights and not folder) or name == ADAPTER_CONFIG:
             left_out.append(name)
             continue
         if _leads_out(root, path):
@@ -314,7 +321,11 @@ def _side_files(root: Path, shards: set[str]) -> tuple[list[SideFile], list[str]
             fd, status = open_regular(path, CheckpointError)
             os.close(fd)
             files.append(SideFile(name, path, status.st_size, status.st_mtime_ns))
-    return files, left_out, warnings
+            continue
+        nested[folder] = False
+    halves = [f"{folder}/" for folder, is_whole in nested.items() if folder and not is_whole]
+    files = [file for file in files if not file.name.startswith((*halves,))]
+    return files, left_out + halves, warnings
 
 
 def open_side_file(root: Path, file: SideFile) -> int:

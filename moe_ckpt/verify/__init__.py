@@ -42,11 +42,13 @@ def verify(
         EnvironmentFaultError: disk, memory or GPU failed.
     """
     from ..faults import environment_faults
+    from .structure.whole_model import check_whole_model
     from .subject import open_subject
 
     findings = Findings()
     with environment_faults():
         subject = open_subject(out_dir, findings)
+        check_whole_model(subject, findings)
         check_parts(subject, findings, read_weights=True)
     if source is None:
         findings.skipped["source"] = "no --source was given"

@@ -70,6 +70,7 @@ class Findings:
     """All that was found, to be added to by each check.
 
     ``counts``: what was looked at -> how many. ``skipped``: part -> why it was not looked at.
+    ``left_out``: files and folders of the source that conversions do not copy.
     """
 
     found: list[Finding] = field(default_factory=list)
@@ -77,6 +78,7 @@ class Findings:
     runtimes: list[Runtime] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     def add(
         self,

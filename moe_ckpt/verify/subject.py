@@ -16,7 +16,7 @@ from ..dialects.config import CONFIG, HF_QUANT_CONFIG
 from ..errors import CheckpointError, InputError, OutputRefusedError, show
 from ..layouts import Detection, detect
 from ..output.journal import JOURNAL, PRIVATE, Journal, read_journal
-from ..source.checkpoint import INDEX, Source, is_safe_shard_name, shards_in
+from ..source.checkpoint import INDEX, Source, is_safe_shard_name, missing_of, shards_in
 from ..source.declared import Declared, everything_declared, quantization_beside
 from ..source.files import read_regular
 from ..source.headers import Shard, TensorInfo, read_header
@@ -229,6 +229,13 @@ class _Opening:
                 f"is missing, or of no use, and there are {len(named)} shards",
                 "transformers finds no weights; runtimes that take every .safetensors file load "
                 "all, whether they belong together or not",
+            )
+        for name in [] if weight_map else missing_of(named):
+            self._add(
+                name,
+                "is missing: other shards are named as of so many",
+                "vLLM and SGLang load the shards that are there; vLLM checks no quantized model "
+                "for weights that are missing, and computes with what memory held",
             )
         if not named:
             self._add(
