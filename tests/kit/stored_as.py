@@ -21,7 +21,7 @@ def spread(weight, step=1):
     rows, columns = torch.arange(n).view(-1, 1), torch.arange(k).view(1, -1)
     blocks = (rows // 16 * 5 + columns // 16 * 3) % 4 * step
     tiles = (rows // 128 + columns // 128 * 2) % 4
-    return weight.float() * 2.0 ** (blocks + rows // 16 % 3 + rows % 2 + tiles)
+    return weight.float() * 2.0 ** (blocks + rows // 16 % 3 + rows % 2 + tiles - 6)
 
 
 def float4_codes(values):

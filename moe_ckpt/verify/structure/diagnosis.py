@@ -35,6 +35,7 @@ class Fault(NamedTuple):
     tensor: str
     problem: str
     role: str
+    is_missing: bool = False
 
 
 def stem_of(tensor: str) -> str:
@@ -163,7 +164,7 @@ def _missing(
     name: str, what: str, role: str, needed: Iterable[str], tensors: Mapping[str, TensorInfo]
 ) -> Fault:
     there = sorted(other.rpartition(".")[2] for other in needed if other in tensors)
-    return Fault(name, f"is missing; {what} needs it beside {', '.join(there)}", role)
+    return Fault(name, f"is missing; {what} needs it beside {', '.join(there)}", role, True)
 
 
 def _wrong_dtype(info: TensorInfo, expected: Sequence[str], what: str, role: str) -> Fault:
