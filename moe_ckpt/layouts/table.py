@@ -180,6 +180,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="mimo_v2",
         model_types=("mimo_v2", "mimo_v2_flash"),
+        uneven=("sink",),  # of layers with a window only
         renames=(("self_attn.sinks", "self_attn.attention_sink_bias"),),
     ),
     Family(
