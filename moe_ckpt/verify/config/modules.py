@@ -25,6 +25,7 @@ from .verdicts import runtimes_of
 __all__ = ["built_from", "check_config", "readings_by_runtime"]
 
 _HEAD = "lm_head"
+_HEAD_OF_DEEPSEEK_V4 = "head"
 # Of these runtimes build none that a configuration could make quantized.
 _NEVER_BUILT = ("embedding", "norm", "convolution")
 # Families whose router no runtime builds from the configuration, and whose releases do not list it.
@@ -247,7 +248,7 @@ def _is_plain_anyway(
     known = METHODS.get(method)
     if known is None or not known.has_plain_head:
         return False
-    if name.rpartition(".")[2] == _HEAD:
+    if name.rpartition(".")[2] == _HEAD or name == _HEAD_OF_DEEPSEEK_V4:
         # transformers leaves it out itself if there is no list.
         return runtime != TRANSFORMERS or not reading.has_list
     return reason_to_keep(name) == "router" and model_type.startswith(_PLAIN_ROUTERS)
