@@ -91,7 +91,9 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="mlp_experts",
-        model_types=("olmoe", "afmoe", "cohere2_moe", "hunyuan_v1_moe", "longcat_flash"),
+        model_types=(
+            *("olmoe", "afmoe", "cohere2_moe", "hunyuan_v1_moe", "longcat_flash", "mellum"),
+        ),
         in_tensorrt_llm=("afmoe", "hunyuan_v1_moe"),
     ),
     Family(
@@ -123,7 +125,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="mlp_experts_transformers",
-        model_types=("flex_olmo", "dots1", "mellum", "solar_open"),
+        model_types=("flex_olmo", "dots1", "solar_open"),
         runtimes=(TRANSFORMERS,),
     ),
     Family(

@@ -20,6 +20,8 @@ from ..errors import LayoutError, Problems, RecipeError, UsageError, show, show_
 from ..formats import UNQUANTIZED, find_format
 from ..layouts import Detection, Given, detect
 from ..limits import parse_size
+from ..loaders.judge import verdicts_on
+from ..loaders.loader import Written
 from ..plan import OutShard, Plan
 from ..source.checkpoint import RECIPE_FILE, Source, open_source
 from ..source.weights import Weights, weights_of
@@ -27,7 +29,7 @@ from .amax_file import read_amax
 from .assignment import Assigned, assign, formats_of_experts
 from .calibration import Calibration
 from .choice import Choice, choose
-from .expert_form import form_of_experts, runtime_warnings, runtimes_of_output
+from .expert_form import form_of_experts, runtime_warnings
 from .kv_cache import KV_SCALES, kv_cache_units, scale_name
 from .options import Options, PlanOptions
 from .provenance import origin_of
@@ -125,7 +127,9 @@ class _Planner:
         if stats and (kv_cache or any(find_format(f).input_scale for f in self.recipe.formats)):
             calibration = Calibration(stats, detection, self.asked.missing_stats == "constant")
         wishes = formats_of_experts(detection, self.recipe, problems)
-        choice = choose(self.weights.tensors, detection, self.recipe, problems)
+        choice = choose(
+            self.weights.tensors, detection, self.recipe, problems, method=self.dialect.name
+        )
         if not choice.linears and set(wishes) == {KEEP}:
             problems.add(
                 RecipeError,
@@ -165,15 +169,13 @@ class _Planner:
         )
         self._refuse_collisions(shards)
         formats = self._count(choice, assigned)
-        of_experts = tuple(dict.fromkeys(assigned.experts))
-        runtimes = runtimes_of_output(
-            detection, self.form, self.dialect, of_experts, tuple(formats)
-        )
+        verdicts = verdicts_on(self._written(assigned))
+        runtimes = tuple(verdict.runtime for verdict in verdicts if verdict.loads)
         return Plan(
             root=source.root,
             model_type=detection.model_type,
             family=detection.family.name,
-            runtimes=runtimes,
+            verdicts=verdicts,
             formats=formats,
             dialect=self.dialect.name,
             experts_as=self.form,
@@ -236,6 +238,19 @@ class _Planner:
             counts[name] += len(group)
         counts.update(assigned.stays.values())
         return dict(counts)
+
+    def _written(self, assigned: Assigned) -> Written:
+        """What is written, as far as loaders look at it."""
+        made = assigned.assignment
+        is_plain = set(made.formats) <= {UNQUANTIZED}
+        return Written(
+            model_type=self.detection.model_type,
+            method="" if is_plain else self.dialect.name,
+            form=self.form,
+            experts=tuple(dict.fromkeys(assigned.experts)),
+            linears={name: made.linears[name] for name in made.linears if name != UNQUANTIZED},
+            kept=made.kept,
+        )
 
     def _resolved(self, assigned: Assigned) -> str:
         """The recipe that names every module."""

@@ -20,7 +20,7 @@ ORDER = (
     ("dialects",),
     ("source",),
     ("layouts", "kernels"),
-    ("engines",),
+    ("loaders", "engines"),
     ("origin",),
     ("plan",),
     ("texts", "result"),

@@ -1,0 +1,137 @@
+"""What is known of a runtime's loader beside the tables of families and of dialects.
+
+A family's row says which runtimes have the model, and a dialect's which of them read a format of
+it. What follows from neither is here: the modules that a model class builds in 16 bits whatever
+the configuration says, and the combinations at which it stops, or that it gets wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+__all__ = ["FUSED", "SPLIT", "Limit", "Loader", "Plain", "Verdict", "Written"]
+
+SPLIT, FUSED = "split", "fused"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What is written, as far as a loader looks at it.
+
+    ``method`` is the ``quant_method``, "" if nothing is said of quantization. ``form`` is `SPLIT`
+    or `FUSED`. ``experts``: the formats of routed experts. ``linears``: format -> linear layers
+    that are quantized to it. ``kept``: those that are not. ``dtypes``: (format, role) -> the dtype
+    of such parts where it is not the format's own.
+    """
+
+    model_type: str
+    method: str
+    form: str
+    experts: tuple[str, ...]
+    linears: Mapping[str, Sequence[str]]
+    kept: Sequence[str] = ()
+    dtypes: Mapping[tuple[str, str], str] = field(default_factory=dict)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """All formats, those of experts first."""
+        return tuple(dict.fromkeys((*self.experts, *self.linears)))
+
+
+class Verdict(NamedTuple):
+    """Whether a runtime loads what is written.
+
+    ``why_not``: why it does not. ``garbage``: what it gets wrong, though it loads. Both are "" if
+    it loads it and computes what is meant.
+    """
+
+    runtime: str
+    why_not: str = ""
+    garbage: str = ""
+
+    @property
+    def loads(self) -> bool:
+        """Whether it loads it and computes what is meant."""
+        return not (self.why_not or self.garbage)
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """Linear layers that a runtime builds in 16 bits, whatever the configuration says.
+
+    ``modules``: a pattern that is found in their names. ``methods``: the ``quant_method``s and
+    ``formats`` the formats for which it does so; all of them if empty.
+    """
+
+    model_types: tuple[str, ...]
+    modules: str
+    methods: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What a runtime does not load, of models that it has and in formats that it reads.
+
+    ``why``: what happens. ``model_types``, ``methods``, ``formats``: where; anywhere if empty, in
+    checkpoints that are not quantized, too.
+    ``modules``: a pattern for the linear layers that must be of such a format; None for routed
+    experts. ``kept``: a pattern for linear layers that must be in 16 bits beside them.
+    ``is_garbage``: whether it loads them all the same, and computes something else.
+    """
+
+    why: str
+    model_types: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()
+    modules: str | None = None
+    kept: str = ""
+    is_garbage: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """A runtime's loader, as it is in one version.
+
+    ``is_run``: whether it was run to learn this, and not only read. ``converts``: the dtype that it
+    holds, and another of as many bytes that it converts to it by value, so that it is wrong.
+    """
+
+    name: str
+    version: str
+    plain: tuple[Plain, ...] = ()
+    limits: tuple[Limit, ...] = ()
+    converts: tuple[tuple[str, str], ...] = ()
+    is_run: bool = False
+
+    def built_plain(self, model_type: str, method: str, module: str, format_name: str = "") -> bool:
+        """Whether it builds a linear layer in 16 bits; in any format, if none is given."""
+        return any(
+            _is_at(row, model_type, method, format_name) and re.search(row.modules, module)
+            for row in self.plain
+        )
+
+    def met(self, written: Written) -> Iterator[Limit]:
+        """The limits that something written meets."""
+        for limit in self.limits:
+            if limit.kept and not _finds(limit.kept, written.kept):
+                continue
+            of_experts = limit.modules is None
+            for name in written.experts if of_experts else written.linears:
+                if not _is_at(limit, written.model_type, written.method, name):
+                    continue
+                if of_experts or _finds(limit.modules or "", written.linears[name]):
+                    yield limit
+                    break
+
+
+def _finds(pattern: str, modules: Sequence[str]) -> bool:
+    return any(re.search(pattern, module) for module in modules)
+
+
+def _is_at(row: Plain | Limit, model_type: str, method: str, format_name: str) -> bool:
+    wanted = ((row.model_types, model_type), (row.methods, method), (row.formats, format_name))
+    return all(not allowed or found in allowed for allowed, found in wanted)
