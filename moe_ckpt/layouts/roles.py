@@ -40,7 +40,7 @@ _KEEP: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("embedding", re.compile(r"embed|(^|\.)(wte|wpe)$")),
     ("router", re.compile(r"(^|\.)(gate|wg|\w*router\w*|shared_expert_gate)(\.|$)")),
     ("norm", re.compile(r"norm\w*$")),
-    ("convolution", re.compile(r"conv(1d)?$|\.conv\.\w+_proj$")),
+    ("convolution", re.compile(r"conv(1d)?$")),
     ("linear attention", re.compile(r"(^|\.)linear_attn\.in_proj_(a|b|ba)$")),
     ("sparse attention indexer", re.compile(r"(^|\.)indexer\.")),
 )

@@ -186,7 +186,7 @@ FAMILIES: tuple[Family, ...] = (
         forms=(),
         not_restorable=(".attn_hc.", ".ffn_hc.", ".forget_gate."),
     ),
-    Family(name="mistral4", model_types=("mistral4",), runtimes=()),
+    Family(name="mistral4", model_types=("mistral4",), runtimes=SERVERS),
     Family(
         name="mixtral",
         model_types=("mixtral", "minimax", "minimax_m2"),

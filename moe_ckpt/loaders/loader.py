@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ["FUSED", "SPLIT", "Limit", "Loader", "Plain", "Verdict", "Written"]
+__all__ += ["architectures_of"]
 
 SPLIT, FUSED = "split", "fused"
 
@@ -24,7 +25,7 @@ class Written:
     ``method`` is the ``quant_method``, "" if nothing is said of quantization. ``form`` is `SPLIT`
     or `FUSED`. ``experts``: the formats of routed experts. ``linears``: format -> linear layers
     that are quantized to it. ``kept``: those that are not. ``dtypes``: (format, role) -> the dtype
-    of such parts where it is not the format's own.
+    of such parts where it is not the format's own. ``architectures``: those that config.json names.
     """
 
     model_type: str
@@ -33,6 +34,7 @@ class Written:
     experts: tuple[str, ...]
     linears: Mapping[str, Sequence[str]]
     kept: Sequence[str] = ()
+    architectures: Sequence[str] = ()
     dtypes: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     @property
@@ -80,6 +82,7 @@ class Limit:
     checkpoints that are not quantized, too.
     ``modules``: a pattern for the linear layers that must be of such a format; None for routed
     experts. ``kept``: a pattern for linear layers that must be in 16 bits beside them.
+    ``architecture``: the class that config.json must name.
     ``is_garbage``: whether it loads them all the same, and computes something else.
     """
 
@@ -89,6 +92,7 @@ class Limit:
     formats: tuple[str, ...] = ()
     modules: str | None = None
     kept: str = ""
+    architecture: str = ""
     is_garbage: bool = False
 
 
@@ -119,6 +123,8 @@ class Loader:
         for limit in self.limits:
             if limit.kept and not _finds(limit.kept, written.kept):
                 continue
+            if limit.architecture and limit.architecture not in written.architectures:
+                continue
             of_experts = limit.modules is None
             for name in written.experts if of_experts else written.linears:
                 if not _is_at(limit, written.model_type, written.method, name):
@@ -135,3 +141,9 @@ def _finds(pattern: str, modules: Sequence[str]) -> bool:
 def _is_at(row: Plain | Limit, model_type: str, method: str, format_name: str) -> bool:
     wanted = ((row.model_types, model_type), (row.methods, method), (row.formats, format_name))
     return all(not allowed or found in allowed for allowed, found in wanted)
+
+
+def architectures_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The model classes that config.json names."""
+    named = config.get("architectures")
+    return tuple(name for name in named if isinstance(name, str)) if isinstance(named, list) else ()

@@ -84,6 +84,22 @@ SGLANG_LOADER = Loader(
             ("hunyuan_v1_moe",),
             (MODELOPT,),
         ),
+        Limit("it leaves the experts unread", ("afmoe",)),
+        Limit("it asks config.json for layers_block_type", ("granitemoehybrid",)),
+        Limit(
+            "it has PhiMoEForCausalLM, and config.json names PhimoeForCausalLM",
+            ("phimoe",),
+            architecture="PhimoeForCausalLM",
+        ),
+        Limit(
+            "it builds the output head quantized, whatever the list says",
+            ("mistral4",),
+            (MODELOPT,),
+            (*_NVFP4, "fp8-tensor"),
+        ),
+        Limit(
+            "it finds no target for the experts, and stops", ("mistral4",), (COMPRESSED_TENSORS,)
+        ),
         Limit("it builds the vision and audio parts quantized, too", ("qwen3_omni_moe",), _ANY),
         Limit(
             "it wants the scales of MXFP8 as weight_scale_inv", ("laguna",), (MODELOPT,), ("mxfp8",)

@@ -21,7 +21,7 @@ from ..formats import UNQUANTIZED, find_format
 from ..layouts import Detection, Given, detect
 from ..limits import parse_size
 from ..loaders.judge import verdicts_on
-from ..loaders.loader import Written
+from ..loaders.loader import Written, architectures_of
 from ..plan import OutShard, Plan
 from ..source.checkpoint import RECIPE_FILE, Source, open_source
 from ..source.weights import Weights, weights_of
@@ -250,6 +250,7 @@ class _Planner:
             experts=tuple(dict.fromkeys(assigned.experts)),
             linears={name: made.linears[name] for name in made.linears if name != UNQUANTIZED},
             kept=made.kept,
+            architectures=architectures_of(self.source.config),
         )
 
     def _resolved(self, assigned: Assigned) -> str:

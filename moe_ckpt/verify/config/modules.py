@@ -14,17 +14,19 @@ from ...formats import UNQUANTIZED, find_format
 from ...layouts.roles import reason_to_keep
 from ...layouts.sizes import model_type_of
 from ...runtimes import RUNTIMES, SGLANG, TRANSFORMERS, TRTLLM, VLLM
-from ..findings import Findings, Runtime
+from ..findings import ERROR, Findings, Runtime
 from ..inventory import Inventory, Module
 from ..subject import Subject
 from ..values.scale_values import GATE_UP
 from .agreement import check_kv_cache, check_single_experts, check_two_files
 from .inputs import check_inputs
-from .verdicts import runtimes_of
+from .verdicts import check_recast, runtimes_of
 
 __all__ = ["built_from", "check_config"]
 
 _HEAD = "lm_head"
+# How the problem of a finding begins where runtimes let memory stand in for a tensor.
+_MISSING = "is missing"
 # Of these runtimes build none that a configuration could make quantized.
 _NEVER_BUILT = ("embedding", "norm", "convolution")
 # Families whose router no runtime builds from the configuration, and whose releases do not list it.
@@ -53,13 +55,29 @@ def check_config(subject: Subject, inventory: Inventory, findings: Findings) -> 
         findings.runtimes += [Runtime(name, unknown=reason) for name in RUNTIMES]
         return
     runtimes = [_after_scales(r, subject, findings) for r in runtimes_of(subject, inventory)]
-    misled = _check(subject, inventory, {r.name for r in runtimes if r.loads}, findings)
-    findings.runtimes += [
-        runtime._replace(why_not="it builds modules otherwise than they are, see above")
-        if runtime.loads and runtime.name in misled
-        else runtime
-        for runtime in runtimes
+    check_recast(inventory, findings)
+    loading = {r.name for r in runtimes if r.loads and not r.garbage}
+    misled = _check(subject, inventory, loading, findings)
+    unsound = _unsound(findings)
+    for runtime in runtimes:
+        if runtime.name in misled & loading:
+            why_not = "it builds modules otherwise than they are, see above"
+            runtime = runtime._replace(why_not=why_not)
+        elif runtime.name in loading:
+            runtime = runtime._replace(garbage=unsound)
+        findings.runtimes.append(runtime)
+
+
+def _unsound(findings: Findings) -> str:
+    """What makes runtimes compute garbage and stops none; '' if nothing does."""
+    found = [
+        f"{finding.where} {finding.problem}"
+        for finding in findings.found
+        if finding.grade == ERROR
+        and (finding.part == "scales" or finding.problem.startswith(_MISSING))
     ]
+    more = f", and {len(found) - 1} more of what is found" if len(found) > 1 else ""
+    return f"{found[0]}{more}" if found else ""
 
 
 def _after_scales(runtime: Runtime, subject: Subject, findings: Findings) -> Runtime:

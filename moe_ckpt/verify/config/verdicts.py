@@ -5,15 +5,16 @@ Whether this one is sound is not asked here.
 
 from __future__ import annotations
 
+from ...errors import show
 from ...formats import find_format
 from ...layouts.sizes import model_type_of
-from ...loaders.judge import verdicts_on
-from ...loaders.loader import FUSED, SPLIT, Written
-from ..findings import Runtime
+from ...loaders.judge import LOADERS, verdicts_on
+from ...loaders.loader import FUSED, SPLIT, Written, architectures_of
+from ..findings import Findings, Runtime
 from ..inventory import Inventory, Module
 from ..subject import Subject
 
-__all__ = ["runtimes_of"]
+__all__ = ["check_recast", "runtimes_of"]
 
 
 def runtimes_of(subject: Subject, inventory: Inventory) -> list[Runtime]:
@@ -41,8 +42,30 @@ def _written(subject: Subject, inventory: Inventory) -> Written:
         experts=tuple(experts),
         linears=linears,
         kept=kept,
+        architectures=architectures_of(subject.config),
         dtypes=dict(found for module in inventory.quantized for found in _other_dtypes(module)),
     )
+
+
+def check_recast(inventory: Inventory, findings: Findings) -> None:
+    """Report scales whose bits mean something else in the dtype that runtimes hold."""
+    wrong: dict[tuple[str, str], list[str]] = {}
+    for module in inventory.quantized:
+        wanted = {part.role: part.dtype for part in find_format(module.format).parts}
+        for part, info in module.parts:
+            pair = (wanted.get(part.role, ""), info.dtype)
+            if any(pair in loader.converts for loader in LOADERS):
+                wrong.setdefault(pair, []).append(info.name)
+    for (held, stored), tensors in wrong.items():
+        runtimes = [loader.name for loader in LOADERS if (held, stored) in loader.converts]
+        more = f"; so are {len(tensors) - 1} more" if len(tensors) > 1 else ""
+        findings.add(
+            "structure",
+            show(tensors[0]),
+            f"is {stored}; expected {held}{more}",
+            f"{' and '.join(runtimes)} hold {held} and convert the number, not its bits: most "
+            "scales become 0 or another power of two",
+        )
 
 
 def _other_dtypes(module: Module) -> list[tuple[tuple[str, str], str]]:
