@@ -7,7 +7,7 @@ import shutil
 import pytest
 from kit.files import FIXTURES
 from kit.stored_as import CT_CHANNEL, FP8
-from kit.tampering import add, copy, delete, edit_json, float32, listed, quantization
+from kit.tampering import add, copy, delete, edit_json, float32, listed, poke, quantization
 
 import moe_ckpt
 from moe_ckpt.dialects.matching import Built
@@ -446,16 +446,16 @@ def test_sizes_that_are_not_those_of_config_are_found(tmp_path):
     ("folder", "runtime", "why_not"),
     [
         ("qwen3_moe/modelopt-nvfp4", "vLLM", ""),
-        ("qwen3_moe/modelopt-nvfp4", "transformers", "codes for weights"),
+        ("qwen3_moe/modelopt-nvfp4", "transformers", "codes of another shape"),
         ("qwen3_moe/modelopt-nvfp4-w4a16", "SGLang", "4 bits"),
         ("qwen3_moe/modelopt-fp8-channel", "vLLM", "each row"),
         ("qwen3_moe_wide/modelopt-fp8-block", "SGLang", "each block"),
         ("qwen3_moe_wide/modelopt-fp8-block", "TensorRT-LLM", ""),
         ("qwen3_moe_wide/modelopt-mxfp4", "vLLM", "no algorithm MXFP4"),
-        ("qwen3_moe_wide/modelopt-mxfp8", "SGLang", "weight_scale_inv"),
+        ("qwen3_moe_wide/modelopt-mxfp8", "SGLang", ""),
         ("qwen3_moe_wide/modelopt-mxfp8", "vLLM", ""),
-        ("gpt_oss/modelopt-nvfp4", "SGLang", ""),
-        ("gpt_oss/modelopt-nvfp4", "vLLM", "without their scales"),
+        ("gpt_oss/modelopt-nvfp4", "SGLang", "they stop"),
+        ("gpt_oss/modelopt-nvfp4", "vLLM", "they stop"),
         ("mixtral/modelopt-nvfp4", "TensorRT-LLM", ""),
     ],
 )
@@ -463,6 +463,32 @@ def test_runtimes_that_load_it_are_named(folder, runtime, why_not):
     found = {of.name: of.why_not for of in verify(FIXTURES / folder).runtimes}
     assert why_not in found[runtime]
     assert bool(why_not) == bool(found[runtime])
+
+
+@pytest.mark.parametrize(
+    ("folder", "runtime", "garbage"),
+    [
+        ("qwen3_moe/modelopt-fp8", "transformers", "codes for weights"),
+        ("qwen3_moe/modelopt-fp8", "SGLang", ""),
+        ("qwen3_moe_wide/modelopt-mxfp8", "transformers", "codes for weights"),
+        ("deepseek_v3/modelopt-fp8", "SGLang", "weight scale of q_a_proj"),
+        ("deepseek_v3/modelopt-fp8", "vLLM", ""),
+    ],
+)
+def test_runtimes_that_load_it_and_compute_garbage_are_named(folder, runtime, garbage):
+    found = {of.name: of for of in verify(FIXTURES / folder).runtimes}
+    assert found[runtime].loads
+    assert garbage in found[runtime].garbage
+    assert bool(garbage) == bool(found[runtime].garbage)
+
+
+def test_a_scale_that_is_no_number_makes_garbage_of_it(tmp_path):
+    folder = copy(NVFP4, tmp_path)
+
+    poke(folder, f"{LAYER}.0.up_proj.weight_scale_2", float32(float("nan")))
+    found = {of.name: of for of in verify(folder).runtimes}
+    assert found["vLLM"].loads
+    assert "weight_scale_2" in found["vLLM"].garbage
 
 
 def test_a_release_of_deepseek_lists_neither_head_nor_router():

@@ -1,0 +1,85 @@
+"""What a plan claims, against what vLLM and SGLang did: fixtures/loads, recorded with their loaders.
+
+Every case was converted, and loaded by the runtime's own code on a CPU, all of whose writes into
+parameters were compared with the files. Recorded are the headers that each case was made from, so
+that the claim can be made again from the plan alone. An empty verdict was not to be had: the
+runtime could not build the model on that machine.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter, defaultdict
+
+import pytest
+from kit.files import FIXTURES, write_headers
+
+import moe_ckpt
+from moe_ckpt.loaders.judge import LOADERS
+
+LOADS = FIXTURES / "loads"
+E = 8
+HOW = ("model", "format", "dialect", "quantize", "experts")
+CASES = defaultdict(list)
+with (LOADS / "verdicts.csv").open(newline="") as lines:
+    for row in csv.DictReader(lines):
+        CASES[row["model"]].append(row)
+MODELS = json.loads((LOADS / "models.json").read_text())
+RUNTIMES = {name: name.partition(" ")[0] for name in next(iter(CASES.values()))[0] if " " in name}
+
+
+def source_of(folder, model):
+    """A checkpoint of headers; an expert that is called ``*`` is eight experts."""
+    header = {}
+    for kind, names in MODELS[model]["tensors"].items():
+        dtype, *shape = kind.split(" ")
+        for name in names:
+            for expert in range(E) if "*" in name else [0]:
+                header[name.replace("*", str(expert))] = (dtype, [int(size) for size in shape])
+    return write_headers(folder, {"model.safetensors": header}, MODELS[model]["config"])
+
+
+def claims_of(source, stats, case):
+    """The runtimes that a plan of the case says load it."""
+    options = {"format": case["format"], "quantize": case["quantize"], "experts": case["experts"]}
+    if case["dialect"] != "none":
+        options["dialect"] = case["dialect"]
+    if case["format"] == "fp8-tensor":
+        options |= {"stats": [stats], "missing_stats": "constant"}
+    return moe_ckpt.make_plan(source, **options).runtimes
+
+
+@pytest.mark.parametrize("model", sorted(CASES))
+def test_claims_are_what_the_loaders_did(tmp_path, model):
+    source = source_of(tmp_path / "in", model)
+    stats = tmp_path / "stats.json"
+    stats.write_text('{"schema": "moe-ckpt/stats", "version": 1, "modules": {"none": {}}}')
+    wrong = []
+    for case in CASES[model]:
+        claims = claims_of(source, stats, case)
+        wrong += [
+            (*(case[key] for key in HOW), column, case[column])
+            for column, name in RUNTIMES.items()
+            if case[column] and (case[column] == "yes") != (name in claims)
+        ]
+    assert wrong == []
+
+
+def test_recorded_are_the_versions_that_the_tables_are_of():
+    of_tables = {loader.name: loader.version for loader in LOADERS}
+    assert set(RUNTIMES) == {f"{name} {of_tables[name]}" for name in RUNTIMES.values()}
+
+
+def test_recorded_is_enough_to_tell():
+    """Both answers of both runtimes, for many models."""
+    counts = Counter(
+        (name, row[column])
+        for rows in CASES.values()
+        for row in rows
+        for column, name in RUNTIMES.items()
+    )
+    for name in RUNTIMES.values():
+        assert counts[name, "yes"] > 250
+        assert counts[name, "no"] > 75
+    assert len(CASES) > 35
