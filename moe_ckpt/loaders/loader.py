@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ..formats import UNQUANTIZED
+
 __all__ = ["FUSED", "SPLIT", "Limit", "Loader", "Plain", "Verdict", "Written"]
 __all__ += ["architectures_of"]
 
@@ -41,6 +43,11 @@ class Written:
     def formats(self) -> tuple[str, ...]:
         """All formats, those of experts first."""
         return tuple(dict.fromkeys((*self.experts, *self.linears)))
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether several formats quantize it."""
+        return len({*self.formats} - {UNQUANTIZED}) > 1
 
 
 class Verdict(NamedTuple):
@@ -82,7 +89,8 @@ class Limit:
     checkpoints that are not quantized, too.
     ``modules``: a pattern for the linear layers that must be of such a format; None for routed
     experts. ``kept``: a pattern for linear layers that must be in 16 bits beside them.
-    ``architecture``: the class that config.json must name.
+    ``architecture``: the class that config.json must name. ``in_mixes``: whether it holds only
+    where several formats stand in one checkpoint.
     ``is_garbage``: whether it loads them all the same, and computes something else.
     """
 
@@ -93,6 +101,7 @@ class Limit:
     modules: str | None = None
     kept: str = ""
     architecture: str = ""
+    in_mixes: bool = False
     is_garbage: bool = False
 
 
@@ -122,6 +131,8 @@ class Loader:
         """The limits that something written meets."""
         for limit in self.limits:
             if limit.kept and not _finds(limit.kept, written.kept):
+                continue
+            if limit.in_mixes and not written.is_mixed:
                 continue
             if limit.architecture and limit.architecture not in written.architectures:
                 continue

@@ -17,6 +17,7 @@ _ANY = (MODELOPT, COMPRESSED_TENSORS, FP8)
 # Multi-head latent attention whose first projections it joins by itself, tensor after tensor.
 _Q_A = r"\.self_attn(\.\d+)?\.q_a_proj$"
 _MLA = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm_moe_dsa", "glm4_moe_lite")
+_IN_MIXES = "of several formats, it wants the scales of MXFP8 as weight_scale_inv"
 
 SGLANG_LOADER = Loader(
     SGLANG,
@@ -83,6 +84,14 @@ SGLANG_LOADER = Loader(
             "it builds the output head quantized, whatever the list says",
             ("hunyuan_v1_moe",),
             (MODELOPT,),
+        ),
+        Limit(_IN_MIXES, (), (MODELOPT,), ("mxfp8",), in_mixes=True),
+        Limit(_IN_MIXES, (), (MODELOPT,), ("mxfp8",), "", in_mixes=True),
+        Limit(
+            "it builds a Mixtral of several formats with experts in 16 bits",
+            ("mixtral",),
+            (MODELOPT,),
+            in_mixes=True,
         ),
         Limit("it leaves the experts unread", ("afmoe",)),
         Limit("it asks config.json for layers_block_type", ("granitemoehybrid",)),

@@ -44,7 +44,6 @@ VLLM_LOADER = Loader(
         Limit(
             "it has PhiMoEForCausalLM, and config.json names PhimoeForCausalLM",
             ("phimoe",),
-            _ANY,
             architecture="PhimoeForCausalLM",
         ),
     ),

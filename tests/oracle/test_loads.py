@@ -1,8 +1,9 @@
-"""What a plan claims, against what vLLM and SGLang did: fixtures/loads, recorded with their loaders.
+"""What a plan claims, against what the loaders of vLLM and SGLang did, as fixtures/loads has it.
 
 Every case was converted, and loaded by the runtime's own code on a CPU, all of whose writes into
 parameters were compared with the files. Recorded are the headers that each case was made from, so
-that the claim can be made again from the plan alone. An empty verdict was not to be had: the
+that the claim can be made again from the plan alone. ``linear=mxfp8`` is a recipe that gives the
+linear layers another format than the experts. An empty verdict was not to be had: the
 runtime could not build the model on that machine.
 """
 
@@ -20,6 +21,7 @@ from moe_ckpt.loaders.judge import LOADERS
 
 LOADS = FIXTURES / "loads"
 E = 8
+RULE = '[[rule]]\nmatch = "{}"\nformat = "{}"\n'
 HOW = ("model", "format", "dialect", "quantize", "experts")
 CASES = defaultdict(list)
 with (LOADS / "verdicts.csv").open(newline="") as lines:
@@ -42,11 +44,18 @@ def source_of(folder, model):
 
 def claims_of(source, stats, case):
     """The runtimes that a plan of the case says load it."""
-    options = {"format": case["format"], "quantize": case["quantize"], "experts": case["experts"]}
+    options = {"experts": case["experts"], "stats": [stats], "missing_stats": "constant"}
     if case["dialect"] != "none":
         options["dialect"] = case["dialect"]
-    if case["format"] == "fp8-tensor":
-        options |= {"stats": [stats], "missing_stats": "constant"}
+    scope, _, linears = case["quantize"].partition("=")
+    if linears:
+        recipe = stats.with_name("recipe.toml")
+        recipe.write_text(
+            RULE.format("*.experts.[0-9]*", case["format"]) + RULE.format("*", linears)
+        )
+        options["recipe"] = recipe
+    else:
+        options |= {"format": case["format"], "quantize": scope}
     return moe_ckpt.make_plan(source, **options).runtimes
 
 
