@@ -76,7 +76,7 @@ def _unsound(findings: Findings) -> str:
         if finding.grade == ERROR
         and (finding.part == "scales" or finding.problem.startswith(_MISSING))
     ]
-    more = f", and {len(found) - 1} more of what is found" if len(found) > 1 else ""
+    more = f", the first of {len(found)} findings" if len(found) > 1 else ""
     return f"{found[0]}{more}" if found else ""
 
 
