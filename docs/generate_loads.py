@@ -89,6 +89,8 @@ def _limits() -> Iterator[str]:
 
 def _where(row: Plain | Limit) -> str:
     parts = [", ".join(row.model_types) or "all models"]
+    if isinstance(row, Plain) and row.besides:
+        parts = [f"all models but {', '.join(row.besides)}"]
     if row.formats or row.methods:
         formats = ", ".join(f"`{name}`" for name in row.formats) or "all formats"
         methods = " and ".join(row.methods)

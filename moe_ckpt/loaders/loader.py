@@ -71,14 +71,15 @@ class Verdict(NamedTuple):
 class Plain:
     """Linear layers that a runtime builds in 16 bits, whatever the configuration says.
 
-    ``modules``: a pattern that is found in their names. ``methods``: the ``quant_method``s and
-    ``formats`` the formats for which it does so; all of them if empty.
+    ``modules``: a pattern that is found in their names. ``model_types``, ``methods``, ``formats``:
+    where; everywhere if empty. ``besides``: the model types of which it does not hold.
     """
 
     model_types: tuple[str, ...]
     modules: str
     methods: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
+    besides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,9 @@ class Loader:
     def built_plain(self, model_type: str, method: str, module: str, format_name: str = "") -> bool:
         """Whether it builds a linear layer in 16 bits; in any format, if none is given."""
         return any(
-            _is_at(row, model_type, method, format_name) and re.search(row.modules, module)
+            model_type not in row.besides
+            and _is_at(row, model_type, method, format_name)
+            and re.search(row.modules, module)
             for row in self.plain
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..dialects.dialect import COMPRESSED_TENSORS, FP8, MODELOPT
 from ..formats import FORMATS
 from ..runtimes import SGLANG
+from .everywhere import PLAIN_EVERYWHERE, ROUTER
 from .loader import Limit, Loader, Plain
 
 __all__ = ["SGLANG_LOADER"]
@@ -18,12 +19,22 @@ _ANY = (MODELOPT, COMPRESSED_TENSORS, FP8)
 _Q_A = r"\.self_attn(\.\d+)?\.q_a_proj$"
 _MLA = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm_moe_dsa", "glm4_moe_lite")
 _IN_MIXES = "of several formats, it wants the scales of MXFP8 as weight_scale_inv"
+_PLAIN_ROUTERS = (
+    *("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "glm_moe_dsa"),
+    *("cohere2_moe", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "hy_v3", "laguna", "lfm2_moe"),
+    *("granitemoe", "granitemoeshared", "granitemoe_swa", "mellum", "minimax_m2", "mixtral"),
+    *("olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next"),
+)
 
 SGLANG_LOADER = Loader(
     SGLANG,
     "0.5.23",
     is_run=True,
-    plain=(Plain(("qwen3_next",), r"\.self_attn\.", (MODELOPT,), _NVFP4),),
+    plain=(
+        *PLAIN_EVERYWHERE,
+        Plain(_PLAIN_ROUTERS, ROUTER),
+        Plain(("qwen3_next",), r"\.self_attn\.", (MODELOPT,), _NVFP4),
+    ),
     limits=(
         Limit(
             "it keeps the weight scale of q_a_proj for kv_a_proj_with_mqa, too",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..runtimes import TRTLLM
-from .loader import Loader
+from .everywhere import PLAIN_EVERYWHERE, ROUTER
+from .loader import Loader, Plain
 
 __all__ = ["TENSORRT_LLM_LOADER"]
 
-TENSORRT_LLM_LOADER = Loader(TRTLLM, "1.2")
+TENSORRT_LLM_LOADER = Loader(TRTLLM, "1.2", plain=(*PLAIN_EVERYWHERE, Plain((), ROUTER)))

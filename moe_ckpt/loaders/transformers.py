@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..dialects.dialect import MODELOPT
 from ..formats import FORMATS
 from ..runtimes import TRANSFORMERS
-from .loader import Limit, Loader
+from .everywhere import PLAIN_EVERYWHERE, ROUTER
+from .loader import Limit, Loader, Plain
 
 __all__ = ["TRANSFORMERS_LOADER"]
 
@@ -13,11 +14,17 @@ _PACKED = tuple(row.name for row in FORMATS if row.weight_bits == 4)
 _BYTES = tuple(row.name for row in FORMATS if row.weight_bits == 8)
 _STOPS = "it knows no quant_method modelopt, and stops at codes of another shape than its weights"
 _TAKES = "it knows no quant_method modelopt: it warns, and takes the codes for weights"
+_LINEAR_ROUTERS = (
+    *("afmoe", "dbrx", "diffusion_gemma", "gemma4", "gemma4_text", "hunyuan_v1_moe", "jetmoe"),
+    *("llama4", "llama4_text", "longcat_flash", "phimoe", "zaya"),
+)
 
 TRANSFORMERS_LOADER = Loader(
     TRANSFORMERS,
     "5.23.0",
     is_run=True,
+    # Routers are classes of their own, but in these families.
+    plain=(*PLAIN_EVERYWHERE, Plain((), ROUTER, besides=_LINEAR_ROUTERS)),
     limits=(
         Limit(_STOPS, methods=(MODELOPT,), formats=_PACKED),
         Limit(_STOPS, methods=(MODELOPT,), formats=_PACKED, modules=""),

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from ..dialects.dialect import COMPRESSED_TENSORS, FP8, MODELOPT
 from ..runtimes import VLLM
+from .everywhere import PLAIN_EVERYWHERE, ROUTER
 from .loader import Limit, Loader, Plain
 
 __all__ = ["VLLM_LOADER"]
 
 _ANY = (MODELOPT, COMPRESSED_TENSORS, FP8)
+_PLAIN_ROUTERS = (
+    *("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "glm_moe_dsa"),
+    *("axk1", "cohere2_moe", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "hy_v3", "jamba"),
+    *("granitemoe", "granitemoeshared", "granitemoe_swa", "mellum", "minimax_m2", "mixtral"),
+    *("olmoe", "phimoe", "qwen2_moe", "qwen3_next"),
+)
 
 VLLM_LOADER = Loader(
     VLLM,
     "0.33.0",
     is_run=True,
-    plain=(Plain(("jamba",), r"\.mamba\."),),  # MambaMixer is built without the configuration
+    plain=(
+        *PLAIN_EVERYWHERE,
+        Plain(_PLAIN_ROUTERS, ROUTER),
+        # MambaMixer is built without the configuration
+        Plain(("jamba",), r"\.mamba\."),
+    ),
     limits=(
         Limit("it drops e_score_correction_bias of the router", ("laguna",), is_garbage=True),
         Limit(

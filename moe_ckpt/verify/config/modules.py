@@ -13,6 +13,7 @@ from ...errors import show, show_some
 from ...formats import UNQUANTIZED, find_format
 from ...layouts.roles import reason_to_keep
 from ...layouts.sizes import model_type_of
+from ...loaders.judge import LOADERS
 from ...runtimes import RUNTIMES, SGLANG, TRANSFORMERS, TRTLLM, VLLM
 from ..findings import ERROR, Findings, Runtime
 from ..inventory import Inventory, Module
@@ -29,8 +30,6 @@ _HEAD = "lm_head"
 _MISSING = "is missing"
 # Of these runtimes build none that a configuration could make quantized.
 _NEVER_BUILT = ("embedding", "norm", "convolution")
-# Families whose router no runtime builds from the configuration, and whose releases do not list it.
-_PLAIN_ROUTERS = ("deepseek", "kimi", "glm_moe_dsa")
 
 _READ_AS_QUANTIZED = (
     "they build it quantized and find no scales: loading stops, or what memory held stands in for "
@@ -262,10 +261,11 @@ def _is_plain_anyway(
     runtime: str, method: str, name: str, model_type: str, reading: Reading
 ) -> bool:
     """Whether a runtime builds a module in 16 bits, whatever the configuration says."""
-    known = METHODS.get(method)
-    if known is None or not known.has_plain_head:
-        return False
     if name.rpartition(".")[2] == _HEAD:
+        known = METHODS.get(method)
+        if known is None or not known.has_plain_head:
+            return False
         # transformers leaves it out itself if there is no list.
         return runtime != TRANSFORMERS or not reading.has_list
-    return reason_to_keep(name) == "router" and model_type.startswith(_PLAIN_ROUTERS)
+    loader = next(loader for loader in LOADERS if loader.name == runtime)
+    return loader.built_plain(model_type, method, name)
