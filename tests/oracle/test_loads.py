@@ -17,6 +17,7 @@ import pytest
 from kit.files import FIXTURES, write_headers
 
 import moe_ckpt
+from moe_ckpt.dialects.modelopt.match import RULES
 from moe_ckpt.loaders.judge import LOADERS
 
 LOADS = FIXTURES / "loads"
@@ -92,3 +93,38 @@ def test_recorded_is_enough_to_tell():
         assert counts[name, "yes"] > 250
         assert counts[name, "no"] > 75
     assert len(CASES) > 35
+
+
+def plan_of(folder, model, **options):
+    stats = folder / "stats.json"
+    stats.write_text('{"schema": "moe-ckpt/stats", "version": 1, "modules": {"none": {}}}')
+    if options["format"] == "fp8-tensor":
+        options |= {"stats": [stats], "missing_stats": "constant"}
+    return moe_ckpt.make_plan(source_of(folder / "in", model), **options)
+
+
+@pytest.mark.parametrize("quantize", ["experts", "linear"])
+def test_what_vllm_makes_of_the_exclude_list_of_jamba(tmp_path, quantize):
+    """It cuts ``.self_attn.`` out of names, patterns too, before it compares them."""
+    plan = plan_of(tmp_path, "jamba", format="nvfp4", quantize=quantize)
+    listed = json.loads(plan.files["config.json"])["quantization_config"]["ignore"]
+    expanded = [n for e in listed for n in ([e[:-1], f"{e[:-1]}.*"] if e.endswith("*") else [e])]
+    cut = [entry.replace(".self_attn.", ".") for entry in expanded]
+    experts = "model.layers.1.feed_forward.experts"
+    assert not RULES["vLLM"](cut)(experts, (experts,))
+
+
+def test_what_every_runtime_builds_in_16_bits_stays(tmp_path):
+    plan = plan_of(tmp_path, "jamba", format="nvfp4", quantize="linear")
+    made = {module for job in plan.jobs for output in job.outputs for module in output.modules}
+    assert not [module for module in made if ".mamba." in module]
+    assert "model.layers.1.self_attn.q_proj" in made
+    assert plan.kept["built in 16 bits by every runtime"][0] == 4
+
+
+def test_parts_of_a_matrix_that_was_cut_have_one_scale(tmp_path):
+    plan = plan_of(tmp_path, "qwen3_5_moe_text", format="fp8-tensor", quantize="linear")
+    together = {output.modules for job in plan.jobs for output in job.outputs}
+    layer = "model.layers.0.linear_attn"
+    assert (f"{layer}.in_proj_qkv", f"{layer}.in_proj_z") in together
+    assert ("model.layers.1.self_attn.q_proj",) in together

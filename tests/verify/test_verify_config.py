@@ -7,7 +7,7 @@ import shutil
 import pytest
 from kit.files import FIXTURES
 from kit.stored_as import CT_CHANNEL, FP8
-from kit.tampering import add, copy, delete, edit_json, float32, listed, poke, quantization
+from kit.tampering import add, change, copy, delete, edit_json, float32, listed, poke, quantization
 
 import moe_ckpt
 from moe_ckpt.dialects.matching import Built
@@ -465,11 +465,22 @@ def test_runtimes_that_load_it_are_named(folder, runtime, why_not):
     assert bool(why_not) == bool(found[runtime])
 
 
+def test_scales_in_a_dtype_that_runtimes_convert_are_found(tmp_path):
+    """The bits of E8M0 are those of U8, and its numbers are not."""
+    folder = copy(MXFP8, tmp_path)
+    assert verify(folder).found == []
+    name = f"{LAYER}.0.up_proj.weight_scale"
+    change(folder, name, dtype="F8_E8M0")
+    found = verify(folder)
+    assert name in [f.where for f in found.found]
+    assert "F8_E8M0 by value" in {of.name: of.garbage for of in found.runtimes}["vLLM"]
+
+
 def test_what_runtimes_build_in_16_bits_need_not_be_listed(tmp_path):
     """The router of DeepSeek is a class of its own everywhere; vLLM builds Qwen3's of the list."""
     source = FIXTURES / "deepseek_v3" / "source"
-    moe_ckpt.convert(source, tmp_path / "out", format="fp8-block", allow_requantize=True)
-    quantization(tmp_path / "out", lambda said: said.update(modules_to_not_convert=[]))
+    moe_ckpt.convert(source, tmp_path / "out", format="fp8-channel")
+    quantization(tmp_path / "out", lambda said: said["ignore"].clear())
     found = {f.where for f in verify(tmp_path / "out").found}
     assert "model.layers.1.mlp.gate" not in found
     assert found
