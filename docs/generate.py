@@ -30,7 +30,7 @@ EXIT_CODES = {
     "2": "Wrong usage: an unknown option, or options that contradict each other.",
     "3": "Bad input: a checkpoint, configuration, statistics file or recipe that cannot be used.",
     "4": "The output folder was refused: it holds other files, or another conversion.",
-    "5": "The machine failed: disk, memory, permissions or GPU. Run the same command again.",
+    "5": "The machine failed: disk, memory, threads, rights or GPU. Run the same command again.",
     "6": "`verify` found something wrong, or `convert` did when it checked its own result.",
     "7": "`verify` found nothing wrong, and tensors that it does not know how to check.",
     "129": "Stopped by SIGHUP. Run the same command again.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from typing import Unpack
 
 from .engines import Backend, backend_for
 from .errors import EnvironmentFaultError, VerifyError, show
+from .faults import environment_faults
 from .limits import Limits
 from .output.journal import head_of, read_journal
 from .output.out_dir import check_out_dir, missing_nbytes
@@ -23,11 +25,12 @@ from .plan import Job, OutShard, Plan
 from .planning.options import PlanOptions
 from .planning.planner import make_plan
 from .result import Result
-from .source.checkpoint import INDEX
-from .source.files import file_sha256
+from .source.checkpoint import INDEX, SideFile, open_side_file
+from .source.files import open_planned
+from .source.headers import Shard
 from .texts import index_of
 from .work.batches import Budget, batches, budget_for, gathered_nbytes
-from .work.pool import Pool, environment_faults, pool_over
+from .work.pool import Pool, pool_over
 from .work.worker import Worker
 
 __all__ = ["convert", "execute", "prepare"]
@@ -178,10 +181,17 @@ def _leaving(plan: Plan, out_dir: Path) -> Iterator[None]:
 
 
 def _hashed(plan: Plan, threads: int) -> dict[str, str]:
-    """The SHA-256 of every shard of the source."""
+    """The SHA-256 of every shard of the source, and of every file that is copied beside them."""
+    files: tuple[Shard | SideFile, ...] = (*plan.source_shards, *plan.side_files)
     with ThreadPoolExecutor(threads) as pool:
-        digests = pool.map(lambda shard: file_sha256(shard.path), plan.source_shards)
-        return {shard.name: sha for shard, sha in zip(plan.source_shards, digests, strict=True)}
+        digests = pool.map(_digest_of, files)
+        return {file.name: sha for file, sha in zip(files, digests, strict=True)}
+
+
+def _digest_of(file: Shard | SideFile) -> str:
+    fd = open_planned(file.path, file.name, file.nbytes, file.mtime_ns)
+    with open(fd, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _verify(root: Path, texts: Mapping[str, str], say: Callable[[str], None]) -> Mapping[str, int]:
@@ -221,6 +231,7 @@ def _write_shards(
                 out = _write_shard(folder, shard, pool, budget, report)
                 try:
                     pool.reader.check_unchanged()
+                    _check_side_files(plan)
                     while len(finishing) >= most:
                         report(0, finishing.popleft().result())  # the callback is this thread's
                 except BaseException:
@@ -233,6 +244,12 @@ def _write_shards(
         except BaseException:
             folder.stop.set()
             raise
+
+
+def _check_side_files(plan: Plan) -> None:
+    """Notice at once what would be noticed when they are copied, after all shards."""
+    for file in plan.side_files:
+        os.close(open_side_file(plan.root, file))
 
 
 def _write_shard(

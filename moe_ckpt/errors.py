@@ -107,7 +107,7 @@ class OutputRefusedError(MoeCkptError):
 
 
 class EnvironmentFaultError(MoeCkptError):
-    """The machine failed: disk space, permissions, I/O, memory or GPU."""
+    """The machine failed: disk space, permissions, I/O, memory, threads, libraries or GPU."""
 
     exit_code = 5
 

@@ -11,19 +11,20 @@ __all__ = ["Limits", "parse_size"]
 
 _UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
 _UNITS |= {"TIB": 2**40, "GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "B": 1, "": 1}
+_MOST_THREADS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Threads and memory.
 
-    ``workers``: threads; None for one per core, at most 16, or 8 with CUDA. ``memory`` and
-    ``device_memory``: all buffers together, on the host and on the GPU, beside the program itself
-    and the plan; bytes, or text such as "256MiB". A matrix that must be gathered before it is
-    written may need more.
+    ``workers``: threads, at most 256; None for one per core, up to 16, or 8 with CUDA. ``memory``
+    and ``device_memory``: all buffers together, on the host and on the GPU, beside the program
+    itself and the plan; bytes, or text such as "256MiB". A matrix that must be gathered before it
+    is written may need more.
 
     Raises:
-        UsageError: one is not such a size, or ``workers`` is below 1.
+        UsageError: one is not such a size, or ``workers`` is not from 1 to 256.
     """
 
     workers: int | None = None
@@ -33,8 +34,8 @@ class Limits:
     def __post_init__(self) -> None:
         parse_size(self.memory)
         parse_size(self.device_memory)
-        if self.workers is not None and self.workers < 1:
-            raise UsageError(f"--workers {show(self.workers)}: expected 1 or more")
+        if self.workers is not None and not 1 <= self.workers <= _MOST_THREADS:
+            raise UsageError(f"--workers {show(self.workers)}: expected 1 to {_MOST_THREADS}")
 
 
 def parse_size(size: str | int) -> int:

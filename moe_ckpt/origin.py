@@ -18,8 +18,8 @@ class Origin:
     """What decides the bytes of an output, beside the source's own bytes.
 
     ``headers``: digest over the source's files, their sizes and the headers of shards; ``config``:
-    over its config.json; ``mtimes``: over the modification times of its shards. ``options``: those
-    that decide a byte. ``files``: option -> SHA-256 of the files given with it.
+    over its config.json; ``mtimes``: over the modification times of its shards and side files.
+    ``options``: those that decide a byte. ``files``: option -> SHA-256 of the files given with it.
     """
 
     version: str

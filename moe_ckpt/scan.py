@@ -11,17 +11,19 @@ from pathlib import Path
 from .dtypes import FLOATS
 from .engines import Backend
 from .errors import OutputRefusedError, Problems, show
+from .faults import environment_faults
 from .layouts import Detection, Given, detect
 from .layouts.places import expert_modules, place_of_experts, place_of_linears
 from .layouts.roles import is_matrix, module_of
+from .layouts.unwrapping import unwrap
 from .limits import Limits
-from .output.durable import publish, write_new
+from .output.durable import publish, replace, write_new
 from .planning.amax_file import amax_text, source_digest
 from .source.checkpoint import open_source
 from .source.stored import Place
 from .source.weights import Weights, weights_of
 from .work.batches import Batch, batches, budget_for
-from .work.pool import environment_faults, pool_over
+from .work.pool import pool_over
 from .work.worker import Worker
 
 __all__ = ["scan"]
@@ -63,7 +65,7 @@ def scan(
     """
     path = Path(out_file)
     _check_out_file(path, Path(in_dir), overwrite=overwrite)
-    source = open_source(in_dir)
+    source = unwrap(open_source(in_dir)).source
     weights = weights_of(source)
     found = detect(weights.tensors, source.config, Given(layout, gate_up_order))
     places = list(_places(weights, found))
@@ -89,7 +91,9 @@ def scan(
         partial_file = path.with_name(f"moe-ckpt-{secrets.token_hex(8)}.partial")
         try:
             write_new(partial_file, [text.encode()])
-            publish(partial_file, path)
+            (replace if overwrite else publish)(partial_file, path)
+        except FileExistsError:
+            raise _is_there(path) from None
         finally:
             partial_file.unlink(missing_ok=True)
     return len(modules)
@@ -104,9 +108,13 @@ def _check_out_file(path: Path, in_dir: Path, *, overwrite: bool) -> None:
     if there and not path.is_file():
         raise OutputRefusedError(f"{show(path)}: is not a regular file; choose another place")
     if there and not overwrite:
-        raise OutputRefusedError(f"{show(path)}: is there already; pass --overwrite to replace it")
+        raise _is_there(path)
     if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(in_dir)):
         raise OutputRefusedError(f"{show(path)}: lies in the input; choose another place")
+
+
+def _is_there(path: Path) -> OutputRefusedError:
+    return OutputRefusedError(f"{show(path)}: is there already; pass --overwrite to replace it")
 
 
 def _amax(worker: Worker, batch: Batch, names: Names) -> tuple[Batch, Names, list[float]]:

@@ -42,7 +42,7 @@ def cli() -> None:
 @click.option(
     "--hash-source",
     is_flag=True,
-    help="Record SHA-256 of the shards of IN; going on, they count instead of modification times.",
+    help="Record SHA-256 of the files of IN; going on, they count instead of modification times.",
 )
 @click.option(
     "--no-verify", is_flag=True, help="Do not check the result before its configuration is written."

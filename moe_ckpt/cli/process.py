@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
 import click
 
 from ..errors import EnvironmentFaultError, InterruptedConversionError, MoeCkptError, show
+from ..faults import fault_of
 from .signals import SIGNALS, ignore_signals
-from .terminal import print_error
+from .terminal import close_stdout, print_error
 
 __all__ = ["main", "run"]
 
@@ -26,6 +27,8 @@ def main() -> NoReturn:
     """Run the command line and exit with the code that the error tree documents."""
     # numba imports it to look for a BLAS that no kernel uses, which takes longer than all of ours.
     sys.modules.setdefault("scipy", None)  # type: ignore[arg-type]
+    # numpy's BLAS, which no kernel uses either, starts a thread per core, and there may be none.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup wants hangups ignored
             signal.signal(number, _terminate)
@@ -53,21 +56,34 @@ def run(command: Callable[..., Any]) -> int:
     except MoeCkptError as error:
         ignore_signals()
         return _fail(error)
+    except (BrokenPipeError, SystemExit):  # click makes the second of the first
+        close_stdout()  # who reads it has enough
+        return 0
     except OSError as error:
         if error.filename is None:
-            with suppress(OSError):
-                sys.stdout.close()  # else the interpreter tries again to write what is left
+            close_stdout()
         where = show(error.filename or "standard output")
         return _fail(EnvironmentFaultError(f"{where}: {error.strerror}"))
     except MemoryError:
         return _fail(EnvironmentFaultError("memory ran out; free some and run again"))
-    except Exception:  # noqa: BLE001  any other exception is a bug to report
+    except Exception as error:  # noqa: BLE001  any other exception is a bug to report
+        if fault := fault_of(error):
+            return _fail(fault)
+        print_error(f"this is a bug in moe-ckpt; please report it with {_log_of(error)}")
+        return 1
+
+
+def _log_of(error: Exception) -> str:
+    """Where the traceback is, or where the error comes from if it can be written nowhere."""
+    try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="moe-ckpt-", suffix=".log", delete=False
         ) as log:
-            log.write(traceback.format_exc())
-        print_error(f"this is a bug in moe-ckpt; please report it with the log {log.name}")
-        return 1
+            log.write("".join(traceback.format_exception(error)))
+    except OSError:
+        *_, last = traceback.extract_tb(error.__traceback__)
+        return f"{last.filename}, line {last.lineno}: {show(repr(error))}"
+    return f"the log {log.name}"
 
 
 def _fail(error: MoeCkptError) -> int:

@@ -24,6 +24,7 @@ class Progress:
         self._say = say
         self._lines = not terminal and not quiet
         self._numbers = {shard.name: number for number, shard in enumerate(plan.shards, 1)}
+        tqdm.monitor_interval = 0  # no thread that watches over the bar
         self._bar = tqdm(
             total=plan.read_nbytes,
             unit="B",

@@ -75,7 +75,7 @@ def limit_options(command: Callable[..., None]) -> Callable[..., None]:
             "--workers",
             type=int,
             metavar="N",
-            help="Threads; if not given one per core, at most 16, or 8 with CUDA.",
+            help="Threads, at most 256; if not given one per core, up to 16, or 8 with CUDA.",
         ),
         click.option(
             "--device",

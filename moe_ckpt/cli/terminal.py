@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ from ..errors import printable
 if TYPE_CHECKING:
     from ..plan import Plan
 
-__all__ = ["print_error", "print_json", "say", "say_notes"]
+__all__ = ["close_stdout", "print_error", "print_json", "say", "say_notes"]
 
 
 def print_error(message: str) -> None:
@@ -37,5 +39,16 @@ def say_notes(plan: Plan, quiet: bool) -> None:
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """Print a document to stdout."""
-    click.echo(json.dumps(document, indent=2))
+    """Print a document to stdout, or what of it the reader wants."""
+    try:
+        click.echo(json.dumps(document, indent=2))
+    except BrokenPipeError:
+        close_stdout()
+
+
+def close_stdout() -> None:
+    """Let what is still to be written to stdout go nowhere: the interpreter tries at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with suppress(OSError, ValueError, AttributeError):  # there may be none
+        os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

@@ -27,6 +27,7 @@ _I32, _FLOAT = ir.IntType(32), ir.FloatType()
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile at the first call, and keep the result beside the module or in the user's cache.
 
+    What cannot be kept, or read again, is compiled anew each time: a cache stops no conversion.
     Divisions are IEEE's, and no product and sum become one operation: numba does neither unless
     asked to (``fastmath``).
     """
@@ -34,8 +35,24 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         made = njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # there is no folder to keep it in
         made = njit(nogil=True, error_model="numpy")(function)
+    else:
+        cache = made._cache
+        cache.load_overload = _or_none(cache.load_overload)
+        cache.save_overload = _or_none(cache.save_overload)
     typed: Callable[..., Any] = made
     return typed
+
+
+def _or_none(use: Callable[..., Any]) -> Callable[..., Any]:
+    """A use of the cache that may fail: its disk may be full, and its files torn."""
+
+    def attempt(*args: Any) -> Any:
+        try:
+            return use(*args)
+        except Exception:  # noqa: BLE001  what unpickling damaged bytes raises may be anything
+            return None
+
+    return attempt
 
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,6 @@ made of sizes that config.json names.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,17 +26,18 @@ from .layers import check_layers, refuse_disagreement, stack_of
 from .names import refuse_unrestorable, restore_names
 from .roles import module_of, set_aside
 from .sizes import Sizes, model_type_of, num_hidden_layers, sizes_of
-from .table import UNSUPPORTED, find_family
+from .table import UNSUPPORTED
+from .wrappers import family_of_config
 
 __all__ = ["Detection", "detect"]
 
 _NOT_ROUTED = re.compile(
     r"(^|\.)(shared_?experts?|share_expert|shared_mlp|self_attn|self_attention)\w*\."
     r"|\.e_score_correction_bias$"  # laguna keeps it under experts
+    r"|\.post_expert_norm\."  # so does muse_spark
 )
 _EXPERT = re.compile(r"(^|\.)(local_)?experts?(\.|_\d)")
 _MOE = re.compile(r"experts?|moe|switch_mlp")
-_LORA = re.compile(r"\.lora_\w+(\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +77,6 @@ def detect(
     """
     given = given or Given()
     problems = Problems()
-    lora = [name for name in tensors if ".lora_" in name and _LORA.search(name)]
-    if lora:
-        raise LayoutError(
-            f"{show_some(lora)}: belong to a LoRA adapter; merge it into the model first"
-        )
     family = _family_of(tensors, config, given)
     sizes = sizes_of(config)
     for contradiction in sizes.contradictions:
@@ -108,21 +103,33 @@ def detect(
             f"no routed experts found; family {family.name} stores them as {_forms(family)}",
         )
     experts: list[Experts] = []
+    of_layers: dict[str, list[Container]] = {}
     for container in containers:
-        experts += problems.catch(partial(container.check, packing)) or []
+        of_layers.setdefault(container.layer, []).append(container)
+    for forms in of_layers.values():
+        whole = [form for form in forms if len(forms) > 1 and _is_whole(form, packing)]
+        if whole:
+            problems.add(LayoutError, _two_forms(forms, whole[-1]))
+        else:
+            for form in forms:
+                experts += problems.catch(partial(form.check, packing)) or []
     problems.catch(lambda: refuse_contradictions(experts, given))
-    for layer, count in Counter(container.layer for container in containers).items():
-        if count > 1:
-            problems.add(LayoutError, f"{show(layer)}: has its experts in two forms")
     refuse_disagreement(experts, problems)
     layers = {group.layer for group in containers}
     stacks = frozenset(map(stack_of, layers))
     routed = {(found.num_experts, found.hidden) for found in experts}
     warnings = check_layers(tensors, layers, routed, num_layers, problems)
     problems.check()
+    model_type = model_type_of(config)
+    if not model_type and family.model_types[0]:
+        model_type = family.model_types[0]
+        warnings += (
+            f"config.json names no model_type, which runtimes ask for: that of its text model, "
+            f"{show(model_type)}, tells how experts are stored",
+        )
     return Detection(
         family=family,
-        model_type=model_type_of(config),
+        model_type=model_type,
         experts=tuple(experts),
         renamed=restore_names(family, experts, tensors),
         stacks=stacks,
@@ -131,12 +138,28 @@ def detect(
     )
 
 
+def _two_forms(forms: list[Container], whole: Container) -> str:
+    """What to say of experts of one layer in several forms, one of which is whole."""
+    others = show_some(name for form in forms if form is not whole for name in form.names)
+    return (
+        f"{show(whole.layer)}: has its experts in two forms: {others}, and "
+        f"{show_some(whole.names)}; which of them count cannot be told. Remove those that are stale"
+    )
+
+
+def _is_whole(form: Container, packing: str) -> bool:
+    try:
+        return bool(form.check(packing))
+    except LayoutError:
+        return False
+
+
 def _family_of(
     tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], given: Given
 ) -> Family:
     """The row of the table, with what config and user say of it."""
     model_type = model_type_of(config)
-    family = find_family(model_type)
+    family = family_of_config(config)
     if family is not None:
         return with_order(with_layout(family, given), config, given)
     if model_type in UNSUPPORTED:

@@ -118,6 +118,8 @@ class Form:
 class Family:
     """Model types that store their experts alike; what a row leaves out is most families' way.
 
+    ``roots``: what released checkpoints have before ``layers.0`` (or ``blocks.0``) of the text
+        model, the most usual first; '' where they have nothing. Runtimes read these.
     ``split``: path from the layer to the experts, of the per-expert form, which is the form that
         is written: ``{layer}.{split}.{e}.{projection}.weight``.
     ``projections``: the names of gate, up and down in that form; of up and down without a gate.
@@ -137,12 +139,17 @@ class Family:
         ModelOpt has none.
     ``instead``: what the user must know about the other runtimes; what works, if none reads
         either form.
+    ``released_as``: the architectures that the runtimes of servers know, where transformers
+        saves another that they do not.
     ``in_transformers``: whether transformers has the model.
+    ``renamed_in_transformers``: whether it builds linear layers under other names than the
+        checkpoint's, which no list of what is quantized reaches: it loads the model unquantized.
     ``checked``: how this row is known to be right, see `CHECKS` in the table.
     """
 
     name: str
     model_types: tuple[str, ...]
+    roots: tuple[str, ...] = ("model.",)
     split: str = "mlp.experts"
     projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     forms: tuple[Form, ...] = (Form("fused", "mlp.experts", ("gate_up_proj", "down_proj")),)
@@ -155,7 +162,9 @@ class Family:
     in_tensorrt_llm: tuple[str, ...] = ()
     fused_runtimes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     instead: str = ""
+    released_as: tuple[str, ...] = ()
     in_transformers: bool = True
+    renamed_in_transformers: bool = False
     checked: str = "module"
 
     @property

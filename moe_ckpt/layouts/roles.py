@@ -28,7 +28,8 @@ _SET_ASIDE = {
     **dict.fromkeys(
         "visual vision_tower vision_model vision_encoder vision_embed_tokens embed_vision audio "
         "audio_tower audio_encoder audio_model embed_audio multi_modal_projector mm_projector "
-        "patch_merge_mlp resampler_model projector vit_large_projector".split(),
+        "patch_merge_mlp resampler_model projector vit_large_projector vision vit sam_model "
+        "qwen2_model vision_adapter vision_projection vision_language_adapter patch_merger".split(),
         _TOWER,
     ),
     **dict.fromkeys("talker code2wav code_predictor token2wav".split(), _SPEECH),

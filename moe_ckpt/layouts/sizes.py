@@ -22,7 +22,7 @@ EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 INTERMEDIATE_KEYS = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size")
 # The experts' width only where none of the above is named; else that of dense layers.
 DENSE_KEYS = ("intermediate_size",)
-HIDDEN_KEYS = ("hidden_size", "d_model", "moe_latent_size")
+HIDDEN_KEYS = ("hidden_size", "d_model", "moe_latent_size", "moe_hidden_size")
 LAYERS_KEYS = ("num_hidden_layers", "n_layers")
 
 # Parts of a model that are not the text model with the experts.

@@ -28,18 +28,26 @@ _MLP = Form("fused", "mlp.experts", GATE_UP_PROJ)
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="qwen_moe",
-        model_types=("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
-        in_tensorrt_llm=("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
+        model_types=("qwen2_moe", "qwen3_moe", "qwen3_next"),
+        in_tensorrt_llm=("qwen2_moe", "qwen3_moe", "qwen3_next"),
         checked="export",
+    ),
+    Family(
+        name="qwen3_5_moe",
+        model_types=("qwen3_5_moe", "qwen3_5_moe_text"),
+        roots=("model.language_model.", "model."),
+        in_tensorrt_llm=("qwen3_5_moe", "qwen3_5_moe_text"),
     ),
     Family(
         name="qwen4_exp",
         model_types=("qwen4_exp", "qwen4_exp_text"),
+        roots=("model.language_model.", "model."),
         not_restorable=(".ngram_embedding.weight",),
     ),
     Family(
         name="qwen3_omni_moe",
         model_types=("qwen3_omni_moe", "qwen3_omni_moe_thinker"),
+        roots=("thinker.model.", "model."),
         forms=(),
         prefixes=(
             ("thinker.model.language_model.", "thinker.model."),
@@ -50,6 +58,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="qwen3_vl_moe",
         model_types=("qwen3_vl_moe", "qwen3_vl_moe_text"),
+        roots=("model.language_model.", "model."),
         in_tensorrt_llm=("qwen3_vl_moe",),
         forms=(_MLP, Form("fused-transposed", "mlp.experts", GATE_UP_PROJ)),
         runtimes=SERVERS,
@@ -63,6 +72,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="deepseek_v4",
         model_types=("deepseek_v4",),
+        roots=("", "model."),
         forms=(),
         split="ffn.experts",
         projections=W1_W3_W2,
@@ -73,6 +83,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="kimi_k25",
         model_types=("kimi_k25",),
+        roots=("language_model.model.",),
         in_tensorrt_llm=("kimi_k25",),
         forms=(),
         # The first three: what transformers writes with save_original_format and should not.
@@ -86,15 +97,71 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="glm4_moe",
-        model_types=("glm4_moe", "glm4_moe_lite", "glm4v_moe"),
+        model_types=("glm4_moe", "glm4_moe_lite"),
         in_tensorrt_llm=("glm4_moe",),
     ),
+    Family(name="glm4v_moe", model_types=("glm4v_moe",), roots=("model.language_model.",)),
     Family(
         name="mlp_experts",
         model_types=(
             *("olmoe", "afmoe", "cohere2_moe", "hunyuan_v1_moe", "longcat_flash", "mellum"),
+            "beam",
         ),
         in_tensorrt_llm=("afmoe", "hunyuan_v1_moe"),
+    ),
+    Family(
+        name="flint",
+        model_types=("flint",),
+        renames=(("self_attn.sinks", "self_attn.softmax_offset"),),
+        runtimes=(VLLM, TRANSFORMERS),
+    ),
+    Family(
+        name="bailing_hybrid",
+        model_types=("bailing_hybrid",),
+        forms=(),
+        not_restorable=(".self_attn.",),
+        released_as=(
+            "BailingMoeV2_5ForCausalLM",
+            "BailingMoeV3ForCausalLM",
+        ),
+        renamed_in_transformers=True,
+    ),
+    Family(
+        name="sarvam_moe",
+        model_types=("sarvam_moe",),
+        forms=(),
+        not_restorable=(".self_attn.",),
+        released_as=("SarvamMoEForCausalLM",),
+        renamed_in_transformers=True,
+    ),
+    Family(name="sarvam_mla", model_types=("sarvam_mla",), released_as=("SarvamMLAForCausalLM",)),
+    Family(
+        name="dots3_note",
+        model_types=("dots3_note",),
+        forms=(),
+        not_restorable=("model.language_model.",),
+        released_as=("Dots3NoteForCausalLM",),
+        renamed_in_transformers=True,
+    ),
+    Family(
+        name="deepseek_ocr",
+        model_types=("deepseek_ocr2", "unlimited_ocr"),
+        forms=(),
+        not_restorable=("model.language_model.",),
+        released_as=(
+            "DeepseekOCR2ForCausalLM",
+            "UnlimitedOCRForCausalLM",
+        ),
+        renamed_in_transformers=True,
+    ),
+    Family(
+        name="deepseek_vl_v2",
+        model_types=("deepseek_vl_v2", "unlimited-ocr"),
+        roots=("model.", "language.model."),
+        forms=(),
+        runtimes=SERVERS,
+        in_transformers=False,
+        checked="source",
     ),
     Family(
         name="ernie4_5_moe",
@@ -188,10 +255,36 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="glm5_next",
         model_types=("glm5_next",),
+        roots=("model.language_model.",),
         forms=(),
         not_restorable=(".attn_hc.", ".ffn_hc.", ".forget_gate."),
     ),
+    Family(
+        name="hy_v4_vl",
+        model_types=("hy_v4_vl",),
+        not_restorable=("model.language_model.",),
+        instead="transformers alone has the model, and reads its experts fused",
+        runtimes=(),
+    ),
     Family(name="mistral4", model_types=("mistral4",), runtimes=SERVERS),
+    Family(
+        name="mistral_large4",
+        model_types=("mistral_large4",),
+        roots=("",),
+        forms=(),
+        split="experts",
+        projections=W1_W3_W2,
+        not_restorable=("model.language_model.",),
+        runtimes=(TRANSFORMERS,),
+        renamed_in_transformers=True,
+    ),
+    Family(
+        name="lara_mini",
+        model_types=("lara_mini",),
+        not_restorable=(".linear_attn.in_proj_qkv.",),
+        instead="transformers alone has the model, and reads its experts fused",
+        runtimes=(),
+    ),
     Family(
         name="mixtral",
         model_types=("mixtral", "minimax", "minimax_m2"),
@@ -206,11 +299,13 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("phimoe",),
         split="block_sparse_moe.experts",
         projections=W1_W3_W2,
+        released_as=("PhiMoEForCausalLM",),
         renames=(("mlp.router.", "block_sparse_moe.gate."), ("mlp.", "block_sparse_moe.")),
     ),
     Family(
         name="minimax_m3",
         model_types=("minimax_m3_vl", "minimax_m3"),
+        roots=("language_model.model.", "model."),
         in_tensorrt_llm=("minimax_m3_vl", "minimax_m3"),
         forms=(),
         split="block_sparse_moe.experts",
@@ -226,6 +321,17 @@ FAMILIES: tuple[Family, ...] = (
         split="block_sparse_moe.experts",
         projections=W1_W3_W2,
         not_restorable=(".forget_gate.",),
+    ),
+    Family(
+        name="kimi_k3",
+        model_types=("kimi_k3",),
+        roots=("language_model.model.",),
+        forms=(),
+        split="block_sparse_moe.experts",
+        projections=W1_W3_W2,
+        runtimes=SERVERS,
+        in_transformers=False,
+        checked="source",
     ),
     Family(
         name="lfm2_moe",
@@ -244,6 +350,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="nemotron_h",
         model_types=("nemotron_h",),
+        roots=("backbone.", "model."),
         in_tensorrt_llm=("nemotron_h",),
         split="mixer.experts",
         projections=("up_proj", "down_proj"),
@@ -253,6 +360,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="llama4",
         model_types=("llama4",),
+        roots=("language_model.model.",),
         split="feed_forward.experts",
         forms=(Form("fused-transposed", "feed_forward.experts", GATE_UP_PROJ),),
         runtimes=(VLLM, SGLANG),
@@ -302,6 +410,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="openai_privacy_filter",
         model_types=("openai_privacy_filter",),
+        roots=("",),
         forms=(
             Form(
                 "fused-transposed",
@@ -316,6 +425,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="aria",
         model_types=("aria",),
+        roots=("language_model.model.",),
         forms=(
             Form("fused-transposed", "mlp.experts", ("fc1.weight", "fc2.weight")),
             Form("fused-transposed", "mlp.experts", GATE_UP_PROJ),
@@ -332,6 +442,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="gemma4",
         model_types=("gemma4", "gemma4_text"),
+        roots=("model.language_model.", "model."),
         in_tensorrt_llm=("gemma4", "gemma4_text"),
         split="experts",
         forms=(Form("fused", "experts", GATE_UP_PROJ),),
@@ -340,6 +451,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="diffusion_gemma",
         model_types=("diffusion_gemma",),
+        roots=("model.decoder.", "model.encoder.language_model."),
         split="experts",
         forms=(Form("fused", "experts", GATE_UP_PROJ),),
         runtimes=(VLLM,),
@@ -387,8 +499,25 @@ FAMILIES: tuple[Family, ...] = (
         instead="SGLang and TensorRT-LLM read its experts only stacked",
     ),
     Family(
+        name="step3_text",
+        model_types=("step3_text", "step3_vl", "step5", "step5_vl"),
+        split="moe.experts",
+        forms=(
+            Form(
+                "stacked",
+                "moe",
+                ("gate_proj.weight", "up_proj.weight", "down_proj.weight"),
+            ),
+        ),
+        runtimes=(),
+        instead="runtimes read its experts only stacked, unquantized or in FP8",
+        in_transformers=False,
+        checked="source",
+    ),
+    Family(
         name="dbrx",
         model_types=("dbrx",),
+        roots=("transformer.",),
         split="ffn.experts",
         projections=("w1", "v1", "w2"),
         forms=(Form("flat", "ffn.experts.mlp", ("w1", "v1", "w2")),),
@@ -404,6 +533,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="inkling",
         model_types=("inkling_mm_model",),
+        roots=("model.llm.",),
         forms=(
             Form(
                 "fused",
@@ -417,10 +547,55 @@ FAMILIES: tuple[Family, ...] = (
         instead="runtimes read its own NVFP4 form, w13_weight with scale and scale2",
         runtimes=(),
     ),
+    Family(
+        name="inkling2",
+        model_types=("inkling2", "inkling2_loop"),
+        roots=("model.llm.",),
+        forms=(Form("fused", "mlp.experts", ("w13_weight", "w2_weight"), order=INTERLEAVED),),
+        not_restorable=("model.language_model.",),
+        instead="transformers alone has the model, and reads its experts fused",
+        runtimes=(),
+    ),
+    Family(
+        name="muse_spark",
+        model_types=("muse_spark",),
+        roots=("model.language_model.",),
+        instead="runtimes read its experts fused, unquantized or in an NVFP4 form of its own",
+        runtimes=(),
+    ),
 )
+
+# Configurations of parts that transformers saves as models of their own, and the whole model.
+_PARTS = {
+    "aria_text": "aria",
+    "deepseek_ocr2_text": "deepseek_ocr2",
+    "diffusion_gemma_text": "diffusion_gemma",
+    "dots3_note_text": "dots3_note",
+    "dots3_note_vision_encoder": "dots3_note",
+    "ernie4_5_vl_moe_text": "ernie4_5_vl_moe",
+    "glm4v_moe_text": "glm4v_moe",
+    "glm5_next_text": "glm5_next",
+    "hy_v4_vl_text": "hy_v4_vl",
+    "inkling_text": "inkling_mm_model",
+    "inkling2_text": "inkling2",
+    "inkling2_loop_text": "inkling2_loop",
+    "minimax_m3_vl_text": "minimax_m3_vl",
+    "mistral_large4_text": "mistral_large4",
+    "muse_spark_text": "muse_spark",
+    "qwen3_omni_moe_talker": "qwen3_omni_moe",
+    "qwen3_omni_moe_talker_text": "qwen3_omni_moe",
+    "qwen3_omni_moe_text": "qwen3_omni_moe",
+    "unlimited_ocr_text": "unlimited_ocr",
+}
 
 # Model types that are known, and cannot be converted.
 UNSUPPORTED: dict[str, str] = {
+    **{
+        part: f"it is a part of {whole}; start from the whole model"
+        for part, whole in _PARTS.items()
+    },
+    "doge": "its experts are rows of two embeddings, down_embed and up_embed, and no matrices",
+    "vitpose_backbone": "its experts are parts of a layer of a vision model, without a gate",
     "switch_transformers": "its experts are wi and wo without a gate; no runtime quantizes them",
     "nllb-moe": "its experts are fc1 and fc2 with biases; no runtime quantizes them",
 }

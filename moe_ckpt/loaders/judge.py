@@ -11,7 +11,7 @@ from ..dialects.methods import METHODS
 from ..errors import show
 from ..formats import UNQUANTIZED, find_format
 from ..layouts.family import Family
-from ..layouts.table import UNSUPPORTED, find_family
+from ..layouts.table import UNSUPPORTED
 from ..runtimes import TRANSFORMERS
 from .loader import FUSED, Loader, Verdict, Written
 from .sglang import SGLANG_LOADER
@@ -29,22 +29,19 @@ def verdicts_on(written: Written) -> tuple[Verdict, ...]:
     return tuple(_verdict(loader, written) for loader in LOADERS)
 
 
-def is_built_plain(model_type: str, method: str, module: str) -> bool:
+def is_built_plain(family: Family, model_type: str, method: str, module: str) -> bool:
     """Whether every server that has the model builds a linear layer in 16 bits, in any format.
 
     transformers is not asked: it quantizes what the list leaves to it, and calls some layers by
     their weights alone, which are codes then.
     """
-    family = find_family(model_type)
-    if family is None:
-        return False
     servers = [
         loader
         for loader in LOADERS
         if loader.name in family.split_runtimes(model_type) and loader.name != TRANSFORMERS
     ]
     return bool(servers) and all(
-        loader.built_plain(model_type, method, module) for loader in servers
+        loader.built_plain((model_type,), method, module) for loader in servers
     )
 
 
@@ -89,17 +86,20 @@ def _of_family(runtime: str, written: Written) -> str:
     """Why a runtime does not read the experts of this model in this form, '' if it does."""
     if not written.experts:
         return ""
-    model_type = written.model_type
-    family = find_family(model_type)
+    model_type, family = written.model_type, written.family
     if family is None:
         reason = UNSUPPORTED.get(model_type, "")
         return f"model type {show(model_type) or 'unknown'} is not known here" + (
             f": {reason}" if reason else ""
         )
+    if runtime == TRANSFORMERS and family.renamed_in_transformers and written.method:
+        return f"it names linear layers of {model_type} otherwise, and reads it unquantized only"
     if written.form == FUSED:
         return _of_fused(runtime, family, written)
     if runtime in family.split_runtimes(model_type):
         return ""
+    if family.released_as and runtime != TRANSFORMERS:
+        return f"it has {model_type} as architecture {family.released_as[0]} only"
     if runtime == TRANSFORMERS and family.in_transformers:
         return f"it reads the experts of {model_type} only fused"
     return family.instead or f"it has no {model_type}"
@@ -120,7 +120,7 @@ def _of_plain(loader: Loader, written: Written) -> str:
     """Why quantized linear layers stop a runtime that builds them in 16 bits."""
     for name, modules in written.linears.items():
         for module in modules:
-            if loader.built_plain(written.model_type, written.method, module, name):
+            if loader.built_plain(written.model_types, written.method, module, name):
                 return f"it builds {show(module)} in 16 bits, whatever the configuration says"
     return ""
 

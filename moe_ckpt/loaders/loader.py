@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..formats import UNQUANTIZED
+from ..layouts.family import Family
+from ..layouts.sizes import model_type_of
+from ..layouts.wrappers import TEXT_CONFIGS
 
 __all__ = ["FUSED", "SPLIT", "Limit", "Loader", "Plain", "Verdict", "Written"]
-__all__ += ["architectures_of"]
+__all__ += ["text_types_of"]
 
 SPLIT, FUSED = "split", "fused"
 
@@ -24,25 +27,33 @@ SPLIT, FUSED = "split", "fused"
 class Written:
     """What is written, as far as a loader looks at it.
 
+    ``text_types``: the model types of text models in it. ``family``: the row of the model, None if
+    there is none.
     ``method`` is the ``quant_method``, "" if nothing is said of quantization. ``form`` is `SPLIT`
     or `FUSED`. ``experts``: the formats of routed experts. ``linears``: format -> linear layers
     that are quantized to it. ``kept``: those that are not. ``dtypes``: (format, role) -> the dtype
-    of such parts where it is not the format's own. ``architectures``: those that config.json names.
+    of such parts where it is not the format's own.
     """
 
     model_type: str
+    text_types: tuple[str, ...]
+    family: Family | None
     method: str
     form: str
     experts: tuple[str, ...]
     linears: Mapping[str, Sequence[str]]
     kept: Sequence[str] = ()
-    architectures: Sequence[str] = ()
     dtypes: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     @property
     def formats(self) -> tuple[str, ...]:
         """All formats, those of experts first."""
         return tuple(dict.fromkeys((*self.experts, *self.linears)))
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """The model type, and those of text models in it, whose classes runtimes build."""
+        return (self.model_type, *self.text_types)
 
     @property
     def is_mixed(self) -> bool:
@@ -90,8 +101,7 @@ class Limit:
     checkpoints that are not quantized, too.
     ``modules``: a pattern for the linear layers that must be of such a format; None for routed
     experts. ``kept``: a pattern for linear layers that must be in 16 bits beside them.
-    ``architecture``: the class that config.json must name. ``in_mixes``: whether it holds only
-    where several formats stand in one checkpoint.
+    ``in_mixes``: whether it holds only where several formats stand in one checkpoint.
     ``is_garbage``: whether it loads them all the same, and computes something else.
     """
 
@@ -101,7 +111,6 @@ class Limit:
     formats: tuple[str, ...] = ()
     modules: str | None = None
     kept: str = ""
-    architecture: str = ""
     in_mixes: bool = False
     is_garbage: bool = False
 
@@ -121,11 +130,13 @@ class Loader:
     converts: tuple[tuple[str, str], ...] = ()
     is_run: bool = False
 
-    def built_plain(self, model_type: str, method: str, module: str, format_name: str = "") -> bool:
+    def built_plain(
+        self, model_types: Sequence[str], method: str, module: str, format_name: str = ""
+    ) -> bool:
         """Whether it builds a linear layer in 16 bits; in any format, if none is given."""
         return any(
-            model_type not in row.besides
-            and _is_at(row, model_type, method, format_name)
+            not {*row.besides} & {*model_types}
+            and _is_at(row, model_types, method, format_name)
             and re.search(row.modules, module)
             for row in self.plain
         )
@@ -137,11 +148,9 @@ class Loader:
                 continue
             if limit.in_mixes and not written.is_mixed:
                 continue
-            if limit.architecture and limit.architecture not in written.architectures:
-                continue
             of_experts = limit.modules is None
             for name in written.experts if of_experts else written.linears:
-                if not _is_at(limit, written.model_type, written.method, name):
+                if not _is_at(limit, written.model_types, written.method, name):
                     continue
                 if of_experts or _finds(limit.modules or "", written.linears[name]):
                     yield limit
@@ -152,12 +161,16 @@ def _finds(pattern: str, modules: Sequence[str]) -> bool:
     return any(re.search(pattern, module) for module in modules)
 
 
-def _is_at(row: Plain | Limit, model_type: str, method: str, format_name: str) -> bool:
-    wanted = ((row.model_types, model_type), (row.methods, method), (row.formats, format_name))
-    return all(not allowed or found in allowed for allowed, found in wanted)
+def _is_at(row: Plain | Limit, model_types: Sequence[str], method: str, format_name: str) -> bool:
+    return (
+        (not row.model_types or any(name in row.model_types for name in model_types))
+        and (not row.methods or method in row.methods)
+        and (not row.formats or format_name in row.formats)
+    )
 
 
-def architectures_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The model classes that config.json names."""
-    named = config.get("architectures")
-    return tuple(name for name in named if isinstance(name, str)) if isinstance(named, list) else ()
+def text_types_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The model types of the text models that a config.json holds."""
+    parts = (config.get(key) for key in TEXT_CONFIGS)
+    found = (model_type_of(part) for part in parts if isinstance(part, dict))
+    return tuple(name for name in found if name)

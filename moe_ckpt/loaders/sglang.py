@@ -107,11 +107,6 @@ SGLANG_LOADER = Loader(
         Limit("it leaves the experts unread", ("afmoe",)),
         Limit("it asks config.json for layers_block_type", ("granitemoehybrid",)),
         Limit(
-            "it has PhiMoEForCausalLM, and config.json names PhimoeForCausalLM",
-            ("phimoe",),
-            architecture="PhimoeForCausalLM",
-        ),
-        Limit(
             "it builds the output head quantized, whatever the list says",
             ("mistral4",),
             (MODELOPT,),

@@ -53,11 +53,6 @@ VLLM_LOADER = Loader(
             ("fp8-block",),
             r"\.self_attn\.[qk]_proj$",
         ),
-        Limit(
-            "it has PhiMoEForCausalLM, and config.json names PhimoeForCausalLM",
-            ("phimoe",),
-            architecture="PhimoeForCausalLM",
-        ),
     ),
     converts=(("U8", "F8_E8M0"),),
 )

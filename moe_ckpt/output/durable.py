@@ -8,7 +8,13 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["publish", "sync_folder", "write_new"]
+__all__ = ["publish", "replace", "sync_folder", "write_new"]
+
+# Where a file system has no second names for a file, or not in another of its folders.
+_NO_LINKS = (
+    *(errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV),
+    *(errno.EINVAL, errno.EMLINK),
+)
 
 
 def write_new(path: Path, pieces: Iterable[bytes]) -> tuple[int, str]:
@@ -25,8 +31,29 @@ def write_new(path: Path, pieces: Iterable[bytes]) -> tuple[int, str]:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Rename a file that is on disk already, and make the rename durable."""
-    partial.replace(final)
+    """Rename a file that is on disk already, and make the rename durable.
+
+    A rename replaces what has the name; to add a name and take the other away does not.
+
+    Raises:
+        FileExistsError: something has the name.
+    """
+    try:
+        os.link(partial, final)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if os.path.lexists(final):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final)) from error
+        replace(partial, final)
+        return
+    sync_folder(final.parent)
+    os.unlink(partial)
+
+
+def replace(partial: Path, final: Path) -> None:
+    """The same, in the place of what has the name."""
+    os.replace(partial, final)
     sync_folder(final.parent)
 
 

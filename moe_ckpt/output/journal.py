@@ -15,16 +15,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
-from ..errors import InputError, OutputRefusedError, show
+from ..errors import EnvironmentFaultError, InputError, OutputRefusedError, show
 from ..plan import Plan
 from ..source.files import read_regular
 from ..source.strict_json import parse_object
-from .durable import publish, sync_folder, write_new
+from .durable import replace, sync_folder, write_new
 
 __all__ = ["JOURNAL", "PRIVATE", "Head", "Journal", "JournalWriter", "Record", "head_of"]
 __all__ += ["read_journal"]
@@ -101,40 +102,98 @@ def read_journal(out_dir: Path) -> Journal | None:
 
 
 class JournalWriter:
-    """The journal of a conversion that runs; it adds to ``records`` as it does to the file."""
+    """The journal of a conversion that runs; it adds to ``records`` as it does to the file.
+
+    The file is ours alone: whoever removes or replaces it is noticed, and nothing is lost by it.
+    """
 
     def __init__(self, out_dir: Path, token: str, head: Head, records: dict[str, Record]) -> None:
         self.records = records
         self._lock = Lock()
         self._path = out_dir / JOURNAL
         self._token = token
-        self._head = head
+        first = {"schema": SCHEMA, "version": VERSION}
+        first |= {key: getattr(head, key) for key in Head.__slots__}
+        self._first = _line(first)
         self.settle(list(records))
 
     def add(self, record: Record) -> None:
-        """Put a line on disk; several threads may."""
+        """Put a line on disk; several threads may.
+
+        Raises:
+            EnvironmentFaultError: as `check`.
+        """
+        self.check()
         with self._lock, open(self._path, "ab", opener=_existing) as file:
             file.write(_line(_row(record)))
             file.flush()
             os.fsync(file.fileno())
             self.records[record.file] = record
 
+    def take_back(self, name: str) -> None:
+        """Record a file no longer."""
+        with self._lock:
+            self.settle([other for other in self.records if other != name])
+
+    def check(self) -> None:
+        """See that the journal is still there.
+
+        Raises:
+            EnvironmentFaultError: it is not; it has been written anew.
+        """
+        with self._lock:
+            if self._is_there():
+                return
+            self._write_anew()
+        raise EnvironmentFaultError(
+            f"{show(self._path)}: was removed or changed while the conversion ran; nothing that is "
+            "finished is lost, run the same command again"
+        )
+
+    def restore(self) -> None:
+        """Write a journal that is gone anew, of the files that are still there."""
+        with self._lock:
+            if not self._is_there():
+                self._write_anew()
+
+    def _is_there(self) -> bool:
+        try:
+            with open(self._path, "rb", opener=_without_waiting) as file:
+                return file.read(len(self._first)) == self._first
+        except OSError:
+            return False
+
+    def _write_anew(self) -> None:
+        root = self._path.parent.parent
+        with suppress(OutputRefusedError):
+            if read_journal(root):
+                return  # another conversion's, which no lock kept out
+        kept = [name for name in self.records if os.path.lexists(root / name)]
+        if kept:
+            self._path.parent.mkdir(exist_ok=True)
+            self.settle(kept)
+        else:
+            self.records.clear()
+
     def settle(self, order: Iterable[str]) -> None:
         """Write the journal anew: a line for each of these files, in this order."""
         kept = [self.records[name] for name in order]
         self.records.clear()
         self.records.update((record.file, record) for record in kept)
-        head = {"schema": SCHEMA, "version": VERSION}
-        head |= {key: getattr(self._head, key) for key in Head.__slots__}
         partial = self._path.with_name(f"journal.{self._token}.partial")
-        write_new(partial, [_line(head), *(_line(_row(r)) for r in self.records.values())])
-        publish(partial, self._path)
+        write_new(partial, [self._first, *(_line(_row(r)) for r in self.records.values())])
+        replace(partial, self._path)
         sync_folder(self._path.parent.parent)
 
 
 def _existing(path: str, flags: int) -> int:
     """Open a journal that is there: a new one would begin without its first line."""
     return os.open(path, flags & ~os.O_CREAT)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open what stands at the place of the journal, even if it is a FIFO."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _row(record: Record) -> dict[str, Any]:

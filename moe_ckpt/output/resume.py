@@ -18,7 +18,7 @@ from ..texts import header_of, index_of
 from .journal import Head, Journal, Record, head_of
 from .out_dir import check_out_dir, files_in, foreign_files
 
-__all__ = ["check_resumable", "finished_files", "output_names"]
+__all__ = ["check_resumable", "finished_files", "is_as_recorded", "output_names"]
 
 
 def output_names(plan: Plan) -> list[str]:
@@ -62,7 +62,7 @@ def _refuse_other(before: Head, now: Head, out_dir: Path) -> None:
     found = list(differences(was, is_now, of_mtimes=hint))
     if before.content and now.content and before.content != now.content:
         other = [n for n, digest in now.content.items() if before.content.get(n) != digest]
-        found.append(f"shards of the source have other contents: {show_some(other)}")
+        found.append(f"files of the source have other contents: {show_some(other)}")
     if not found and before.plan != now.plan:
         found.append("the plan is another")
     if found:
@@ -132,10 +132,14 @@ def finished_files(
 def _is_sound(
     out_dir: Path, records: Mapping[str, Record], trusted: Collection[str], name: str
 ) -> bool:
-    path, record = out_dir / name, records[name]
+    return is_as_recorded(out_dir / name, records[name], trusts_size=name in trusted)
+
+
+def is_as_recorded(path: Path, record: Record, *, trusts_size: bool = False) -> bool:
+    """Whether a file is still the one that was recorded."""
     if path.is_symlink() or not path.is_file() or path.stat().st_size != record.nbytes:
         return False
-    return name in trusted or file_sha256(path) == record.sha256
+    return trusts_size or file_sha256(path) == record.sha256
 
 
 def _is_planned(plan: Plan, name: str, path: Path) -> bool:

@@ -13,21 +13,21 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from threading import Event
 
 import numpy as np
 from safetensors import safe_open
 
-from ..errors import MoeCkptError, OutputRefusedError
+from ..errors import MoeCkptError, OutputRefusedError, show
 from ..plan import OutShard, Plan
+from ..source.checkpoint import pieces_of
 from ..texts import header_of
 from .durable import publish, sync_folder, write_new
 from .journal import JOURNAL, PRIVATE, Head, JournalWriter, Record, read_journal
 from .lock import locked
 from .out_dir import check_room, remove_all, remove_folders, remove_partials
-from .resume import check_resumable, finished_files, output_names
+from .resume import check_resumable, finished_files, is_as_recorded, output_names
 
 __all__ = ["OutputFolder", "ShardWriter", "output_folder"]
 
@@ -126,10 +126,12 @@ class OutputFolder:
 
     def open_shard(self, shard: OutShard) -> ShardWriter:
         """Start a shard under a temporary name."""
+        self._journal.check()
         return ShardWriter(shard, self._partial(shard.name), self.root / shard.name)
 
     def publish_shard(self, out: ShardWriter, inexact_blocks: int = 0) -> OutShard:
         """Flush a shard to disk, record it, and give it its name."""
+        self._journal.check()
         digest = out.finish(self.stop)
         self._publish(out.partial, Record(out.shard.name, out.shard.nbytes, digest, inexact_blocks))
         return out.shard
@@ -141,8 +143,7 @@ class OutputFolder:
         """
         for file in self._plan.side_files:
             if file.name not in self.finished:
-                with file.path.open("rb") as read:
-                    self._write(file.name, iter(partial(read.read, _COPY_NBYTES), b""))
+                self._write(file.name, pieces_of(self._plan.root, file))
         for name, text in texts.items():
             if name not in self.finished:
                 self._write(name, [text.encode()])
@@ -155,6 +156,9 @@ class OutputFolder:
             with suppress(OSError):
                 (self.root / JOURNAL).unlink(missing_ok=True)
             remove_folders(self.root, self._order)
+        elif self.finished:
+            with suppress(OSError):
+                self._journal.restore()
 
     def _is_anothers(self) -> bool:
         """Whether another run, which no lock kept out, has finished files here."""
@@ -171,12 +175,37 @@ class OutputFolder:
         self._publish(path, Record(name, nbytes, digest))
 
     def _publish(self, path: Path, record: Record) -> None:
+        final = self.root / record.file
+        self._make_folder(final)
+        if os.path.lexists(final) and not is_as_recorded(final, record):
+            raise self._taken(record.file)
         self._journal.add(record)
         if record.file == self._order[-1]:  # the same journal, however often it was interrupted
             self._journal.settle(self._order)
-        final = self.root / record.file
-        final.parent.mkdir(parents=True, exist_ok=True)
-        publish(path, final)
+        try:
+            publish(path, final)
+        except FileExistsError:
+            if not is_as_recorded(final, record):
+                self._journal.take_back(record.file)
+                raise self._taken(record.file) from None
+            sync_folder(final.parent)  # another run wrote the same
+            path.unlink(missing_ok=True)
+
+    def _make_folder(self, final: Path) -> None:
+        """Make the folders of a file of the output, which may not lead elsewhere."""
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise self._taken(final.parent.relative_to(self.root).as_posix()) from None
+        for folder in final.relative_to(self.root).parents:
+            if folder.name and (self.root / folder).is_symlink():
+                raise self._taken(folder.as_posix())
+
+    def _taken(self, name: str) -> OutputRefusedError:
+        return OutputRefusedError(
+            f"{show(self.root)}: {show(name)} was put there while the conversion ran, and is not "
+            "replaced; move it away and run the same command again"
+        )
 
     def _partial(self, name: str) -> Path:
         digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]  # names may be long

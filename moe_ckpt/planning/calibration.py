@@ -25,12 +25,20 @@ class Calibration:
     """Looks modules up in statistics, and keeps account of what was missing.
 
     ``missing_is_constant``: a module without statistics gets the constant scale, not an error.
+    ``changes``: beginnings of names that were changed in the source; statistics may have either.
     """
 
-    def __init__(self, stats: Stats, detection: Detection, missing_is_constant: bool) -> None:
+    def __init__(
+        self,
+        stats: Stats,
+        detection: Detection,
+        missing_is_constant: bool,
+        changes: Sequence[tuple[str, str]] = (),
+    ) -> None:
         self.stats = stats
         self.detection = detection
         self.missing_is_constant = missing_is_constant
+        self._prefixes = (*detection.family.prefixes, *changes)
         self.covered = 0
         self.constant: list[str] = []
         self._unreached: list[tuple[str, int]] = []
@@ -166,7 +174,7 @@ class Calibration:
     def _names(self, name: str) -> list[str]:
         """A module's name as runtimes give it, and as transformers does."""
         names = [name]
-        for theirs, ours in self.detection.family.prefixes:
+        for theirs, ours in self._prefixes:
             if name.startswith(ours):
                 names.append(theirs + name.removeprefix(ours))
         return names

@@ -86,7 +86,9 @@ def choose(
                 inside.append(output_name(_without_expert(module)))
             continue
         reason = reason_to_keep(module) if matrix else "not a matrix"
-        if reason is None and is_built_plain(detection.model_type, method, output_name(module)):
+        if reason is None and is_built_plain(
+            detection.family, detection.model_type, method, output_name(module)
+        ):
             reason = _BUILT_PLAIN
         if reason is None and info.dtype in FLOATS:
             candidates.append((module, info.shape[1]))

@@ -85,6 +85,11 @@ def runtime_warnings(
             f"no runtime is known to load {' and '.join(formats)} of model type {model_type} with "
             f"{form} experts in dialect {dialect.name}; try the result before you rely on it"
         )
+    if family.released_as and set(family.runtimes) <= {TRANSFORMERS}:
+        found.append(
+            f"config.json names an architecture of transformers that vLLM and SGLang do not have; "
+            f"releases of {model_type} name {' or '.join(family.released_as)}"
+        )
     if family.instead and set(formats) != {UNQUANTIZED}:
         found.append(f"model type {model_type}: {family.instead}")
     if form == "split" and family.in_transformers and TRANSFORMERS not in family.runtimes:

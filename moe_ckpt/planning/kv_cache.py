@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping
 
@@ -15,9 +16,14 @@ from ..source.headers import TensorInfo
 from .calibration import Calibration
 from .shards import ConstantUnit, Unit
 
-__all__ = ["KV_SCALES", "kv_cache_units", "scale_name"]
+__all__ = ["JOINED", "KV_SCALES", "kv_cache_units", "other_scale", "scale_name", "scale_places"]
 
 KV_SCALES = (".k_scale", ".v_scale")
+
+# What q_proj, k_proj and v_proj are called as one; vLLM alone knows scales there.
+JOINED = ("qkv_proj", "qkqkv_proj")
+# Where runtimes know them: beside the projections, in the projection, or in all three as one.
+_PLACE = re.compile(rf"(.+?)\.(?:(k_proj|v_proj|{'|'.join(JOINED)})\.)?([kv])_scale")
 
 _SMALLEST_NORMAL = 2.0**-126
 
@@ -31,9 +37,38 @@ def scale_name(name: str, dialect: Dialect) -> str:
     """
     if dialect.kv_scales is None or not name.endswith(KV_SCALES):
         return name
-    attention, _, leaf = name.rpartition(".")
-    projection, suffix = f".{leaf[0]}_proj", dialect.kv_scales["kv".index(leaf[0])]
-    return f"{attention.removesuffix(projection)}.{suffix}"
+    match = _PLACE.fullmatch(name)
+    assert match is not None
+    return f"{match[1]}.{dialect.kv_scales['kv'.index(match[3])]}"
+
+
+def scale_places(name: str) -> tuple[str, ...]:
+    """The names that a scale of a KV cache may have, of which ``name`` is one.
+
+    >>> scale_places("a.k_scale")
+    ('a.k_scale', 'a.k_proj.k_scale', 'a.qkv_proj.k_scale', 'a.qkqkv_proj.k_scale')
+    """
+    match = _PLACE.fullmatch(name)
+    assert match is not None
+    attention, one = match[1], match[3]
+    places = ("", f"{one}_proj.", *(f"{place}." for place in JOINED))
+    return tuple(f"{attention}.{place}{one}_scale" for place in places)
+
+
+def other_scale(name: str) -> str:
+    """The scale of v where ``name`` is that of k, and the other way round, in the same place.
+
+    >>> other_scale("model.layers.0.self_attn.qkv_proj.k_scale")
+    'model.layers.0.self_attn.qkv_proj.v_scale'
+    >>> other_scale("model.layers.0.self_attn.k_proj.k_scale")
+    'model.layers.0.self_attn.v_proj.v_scale'
+    """
+    match = _PLACE.fullmatch(name)
+    assert match is not None
+    attention, place, one = match.groups()
+    other = "v" if one == "k" else "k"
+    place = f"{other}_proj" if place == f"{one}_proj" else place
+    return ".".join((attention, *([place] if place else []), f"{other}_scale"))
 
 
 def kv_cache_units(

@@ -19,9 +19,11 @@ from ..dialects import Dialect, dialect_for
 from ..errors import LayoutError, Problems, RecipeError, UsageError, show, show_some
 from ..formats import UNQUANTIZED, find_format
 from ..layouts import Detection, Given, detect
+from ..layouts.config_keys import complete_config
+from ..layouts.unwrapping import Changes, unwrap, without_wrappers
 from ..limits import parse_size
 from ..loaders.judge import verdicts_on
-from ..loaders.loader import Written, architectures_of
+from ..loaders.loader import Written, text_types_of
 from ..plan import OutShard, Plan
 from ..source.checkpoint import RECIPE_FILE, Source, open_source
 from ..source.weights import Weights, weights_of
@@ -68,19 +70,21 @@ def make_plan(in_dir: str | os.PathLike[str], **options: Unpack[PlanOptions]) ->
     asked = Options(**options)
     recipe = asked.read_recipe()
     dialect = dialect_for(recipe.formats, asked.dialect)
-    source = open_source(in_dir)
+    unwrapped = unwrap(open_source(in_dir))
+    source = unwrapped.source
     weights = weights_of(source)
     _refuse_without_stats(recipe, weights, asked.stats_files)
     problems = Problems()
     given = Given(asked.layout, asked.gate_up_order)
     detection = problems.catch(lambda: detect(weights.tensors, source.config, given))
-    stats = problems.catch(lambda: read_stats(asked.stats_files) if asked.stats_files else None)
+    files = asked.stats_files
+    stats = problems.catch(lambda: read_stats(files, without_wrappers) if files else None)
     amax = problems.catch(lambda: read_amax(asked.weight_amax, source) if asked.weight_amax else {})
     problems.check()
     assert detection is not None
     assert amax is not None
     form = form_of_experts(detection, asked.experts, recipe.formats, dialect)
-    planner = _Planner(source, weights, detection, recipe, dialect, form, asked)
+    planner = _Planner(source, weights, detection, recipe, dialect, form, asked, unwrapped.changes)
     return planner.plan(stats, amax)
 
 
@@ -109,15 +113,18 @@ class _Planner:
         dialect: Dialect,
         form: str,
         asked: Options,
+        changes: Changes,
     ) -> None:
         self.form = form
         self.asked = asked
+        self.changes = changes
         self.source = source
         self.weights = weights
         self.detection = detection
         self.recipe = recipe
         self.dialect = dialect
         self.problems = Problems()
+        self.completed = complete_config(source.config, weights.tensors.keys())
 
     def plan(self, stats: Stats | None, weight_amax: Mapping[str, float]) -> Plan:
         """The plan, from statistics and weight amax; raises `InputError` with all problems."""
@@ -125,7 +132,9 @@ class _Planner:
         calibration = None
         kv_cache = self.asked.kv_cache == "fp8"
         if stats and (kv_cache or any(find_format(f).input_scale for f in self.recipe.formats)):
-            calibration = Calibration(stats, detection, self.asked.missing_stats == "constant")
+            calibration = Calibration(
+                stats, detection, self.asked.missing_stats == "constant", self.changes
+            )
         wishes = formats_of_experts(detection, self.recipe, problems)
         choice = choose(
             self.weights.tensors, detection, self.recipe, problems, method=self.dialect.name
@@ -138,7 +147,7 @@ class _Planner:
             )
         problems.check()
         assigned = assign(
-            source.config,
+            self.completed.config,
             self.weights,
             detection,
             choice,
@@ -191,7 +200,11 @@ class _Planner:
             stats_covered=calibration.covered if calibration else 0,
             notes=self._notes(calibration, assigned, formats),
             warnings_by_kind={
-                "files": (*source.warnings, *self.weights.warnings),
+                "files": (
+                    *source.warnings,
+                    *self.weights.warnings,
+                    *self.completed.warnings,
+                ),
                 "layers": detection.warnings,
                 "runtimes": runtime_warnings(
                     detection, self.form, self.dialect, runtimes, tuple(formats), make.part_blocks
@@ -245,12 +258,13 @@ class _Planner:
         is_plain = set(made.formats) <= {UNQUANTIZED}
         return Written(
             model_type=self.detection.model_type,
+            text_types=text_types_of(self.source.config),
+            family=self.detection.family,
             method="" if is_plain else self.dialect.name,
             form=self.form,
             experts=tuple(dict.fromkeys(assigned.experts)),
             linears={name: made.linears[name] for name in made.linears if name != UNQUANTIZED},
             kept=made.kept,
-            architectures=architectures_of(self.source.config),
         )
 
     def _resolved(self, assigned: Assigned) -> str:
@@ -269,7 +283,8 @@ class _Planner:
         formats: Mapping[str, int],
     ) -> tuple[str, ...]:
         files = self.asked.stats_files
-        notes = list(calibration.stats.notes) if calibration else []
+        notes = [*self.source.notes, *(calibration.stats.notes if calibration else ())]
+        notes += self.completed.notes
         if self._lacks_stats and self._carries_input_scales:
             notes.append(
                 "no statistics: quantized modules keep the input scales of the source, those "

@@ -22,6 +22,7 @@ def origin_of(options: Options, source: Source) -> Origin:
         mtimes.update(_bytes(f"{shard.name} {shard.mtime_ns}\n"))
     for file in source.side_files:
         headers.update(_bytes(f"{file.name} {file.nbytes}\n"))
+        mtimes.update(_bytes(f"{file.name} {file.mtime_ns}\n"))
     for info in source.tensors.values():
         headers.update(_bytes(f"{info.name} {info.dtype} {info.shape} {info.offset}\n"))
     config = hashlib.sha256(json.dumps(source.config).encode())

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,8 +59,12 @@ class Stats:
     notes: tuple[str, ...]
 
 
-def read_stats(files: Iterable[str | os.PathLike[str]]) -> Stats:
+def read_stats(
+    files: Iterable[str | os.PathLike[str]], name_of: Callable[[str], str] = str
+) -> Stats:
     """Read and merge statistics files.
+
+    ``name_of`` gives a module that a file names the name by which it is looked up.
 
     Raises:
         StatsError: naming the file and the JSON path of every problem.
@@ -77,10 +81,12 @@ def read_stats(files: Iterable[str | os.PathLike[str]]) -> Stats:
             continue
         modules, put_out, more = read
         notes += more
-        for name, magnitude in put_out.items():
+        for module, magnitude in put_out.items():
+            name = name_of(module)
             outputs[name] = max(magnitude, outputs.get(name, magnitude))
-        for name, amax in modules.items():
-            where = f'{show(path.name)}: modules["{show(name)}"].input_amax'
+        for module, amax in modules.items():
+            name = name_of(module)
+            where = f'{show(path.name)}: modules["{show(module)}"].input_amax'
             try:
                 merged[name] = _merge(merged[name], amax, where) if name in merged else amax
             except StatsError as error:

@@ -9,6 +9,7 @@ from ..dialects import DIALECTS, dialect_for
 from ..formats import FORMATS, QuantFormat
 from ..formats.fitting import tensor_parallel_sizes
 from ..layouts import CHECKS, FAMILIES, LAYOUTS, SPLIT, UNSUPPORTED, Family
+from ..layouts.wrappers import WRAPPERS
 from .text import table
 
 _EXAMPLE = 768  # experts of Qwen3-30B-A3B
@@ -106,6 +107,14 @@ def layouts_document() -> dict[str, Any]:
             for layout in LAYOUTS.values()
         ],
         "families": [_row(family) for family in FAMILIES],
+        "around": [
+            {
+                "model_types": list(wrapper.model_types),
+                "beneath": list(wrapper.beneath),
+                "loads_in": list(wrapper.runtimes),
+            }
+            for wrapper in WRAPPERS
+        ],
         "refused": dict(UNSUPPORTED),
         "checks": dict(CHECKS),
     }
@@ -143,6 +152,11 @@ def layouts_lines() -> Iterator[str]:
             yield f"    but      {family.instead}"
         yield f"    checked  {CHECKS[family.checked]}"
     yield ""
+    yield "Around a text model of one of these, whose experts are stored as its row says"
+    for wrapper in WRAPPERS:
+        names, roots = ", ".join(wrapper.model_types), " or ".join(wrapper.beneath)
+        yield f"  {names}: under {roots}, for {', '.join(wrapper.runtimes)}"
+    yield ""
     yield "Refused"
     for model_type, reason in UNSUPPORTED.items():
         yield f"  {model_type}: {reason}"
@@ -164,6 +178,7 @@ def _row(family: Family) -> dict[str, Any]:
     return {
         "family": family.name,
         "model_types": list(family.model_types),
+        "roots": list(family.roots),
         "read": read,
         "written": split,
         "widths": family.widths,

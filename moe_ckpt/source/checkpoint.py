@@ -7,6 +7,7 @@ is decided here too.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,18 +16,28 @@ from typing import Any
 
 from ..dialects.config import CONFIG, HF_QUANT_CONFIG
 from ..errors import CheckpointError, Problems, show, show_some
-from .files import read_failure, read_regular
+from .files import changed, open_planned, open_regular, read_failure, read_regular
 from .headers import Shard, TensorInfo, read_header
 from .strict_json import parse_object, show_value, type_name
 
-__all__ = ["SideFile", "Source", "is_safe_shard_name", "open_source", "shards_in"]
+__all__ = ["SideFile", "Source", "is_safe_shard_name", "open_side_file", "open_source"]
+__all__ += ["pieces_of", "shards_in"]
 
 # What runtimes look for in a folder, in the source and in the output alike.
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 RECIPE_FILE = "moe-ckpt-recipe.toml"  # in our output: what each module became
 _CONFIG_CAP_NBYTES = 30_000_000
 _INDEX_CAP_NBYTES = 100_000_000
+_PIECE_NBYTES = 4 << 20
+
+# What PEFT calls the weights of an adapter, and what to do with one.
+_ADAPTER = re.compile(r"adapter_model[^/]*\.(safetensors|bin)")
+MERGE = (
+    "merge it into the model first: load both with peft, call merge_and_unload() and "
+    "save_pretrained() of the result, and convert that"
+)
 
 # Weights in other formats: runtimes would find them beside ours, and pickles can run code.
 _OTHER_WEIGHTS = (
@@ -38,11 +49,15 @@ _REWRITTEN = {CONFIG, INDEX, HF_QUANT_CONFIG, RECIPE_FILE}
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
-    """A file copied as it is; ``name`` is its path relative to the checkpoint, ``/`` separated."""
+    """A file copied as it is; ``name`` is its path relative to the checkpoint, ``/`` separated.
+
+    It was opened, and was a regular file of this size and modification time.
+    """
 
     name: str
     path: Path
     nbytes: int
+    mtime_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +71,7 @@ class Source:
     side_files: tuple[SideFile, ...]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def open_source(folder: str | os.PathLike[str]) -> Source:
@@ -77,11 +93,7 @@ def open_source(folder: str | os.PathLike[str]) -> Source:
 
 
 def _open_source(root: Path) -> Source:
-    if not (root / CONFIG).exists() and (root / "adapter_config.json").exists():
-        raise CheckpointError(
-            "adapter_config.json: this is a LoRA adapter without its model; merge it into the "
-            "model first"
-        )
+    _refuse_adapter(root)
     if not os.path.lexists(root / CONFIG):
         raise CheckpointError(
             f"{CONFIG}: is missing in {show(root)}; download it, or give the folder that holds it"
@@ -128,6 +140,22 @@ def _open_source(root: Path) -> Source:
         left_out=tuple(left_out),
         warnings=(*warnings, *more),
     )
+
+
+def _refuse_adapter(root: Path) -> None:
+    """Refuse an adapter without its model, and one that stands beside a model."""
+    if not (root / ADAPTER_CONFIG).exists():
+        return
+    if not (root / CONFIG).exists():
+        raise CheckpointError(
+            f"{ADAPTER_CONFIG}: this is a LoRA adapter without its model; {MERGE}"
+        )
+    weights = sorted(entry.name for entry in os.scandir(root) if _ADAPTER.fullmatch(entry.name))
+    if weights:
+        raise CheckpointError(
+            f"{show_some(weights)}: is an adapter, such as LoRA, beside the model that it changes; "
+            f"{MERGE}. If these weights have it in them already, remove it and {ADAPTER_CONFIG}"
+        )
 
 
 def _find_shards(root: Path) -> tuple[dict[str, str], list[str]]:
@@ -223,9 +251,6 @@ def _compare_with_index(weight_map: dict[str, str], tensors: dict[str, TensorInf
 
 def _side_files(root: Path, shards: set[str]) -> tuple[list[SideFile], list[str], list[str]]:
     """Files to copy, names left out by rule, and warnings about those left out for safety."""
-    real_root = Path(os.path.realpath(root))
-    # In a hub cache, snapshots/REV/FILE is a link to ../../blobs/HASH.
-    allowed = (real_root, real_root.parent.parent / "blobs")
     files: list[SideFile] = []
     left_out = ["original/"] if (root / "original").is_dir() else []
     warnings: list[str] = []
@@ -233,17 +258,51 @@ def _side_files(root: Path, shards: set[str]) -> tuple[list[SideFile], list[str]
         name = path.relative_to(root).as_posix()
         if name in shards or name in _REWRITTEN:
             continue
-        if path.suffix in _OTHER_WEIGHTS or _is_other_index(path.name):
+        if path.suffix in _OTHER_WEIGHTS or _is_other_index(path.name) or name == ADAPTER_CONFIG:
             left_out.append(name)
             continue
-        target = Path(os.path.realpath(path))
-        if path.is_symlink() and not any(target.is_relative_to(folder) for folder in allowed):
+        if _leads_out(root, path):
             warnings.append(f"left out, it links outside the checkpoint: {show(name)}")
-        elif not target.is_file():
+        elif not path.is_file():
             warnings.append(f"left out, it is not a regular file: {show(name)}")
         else:
-            files.append(SideFile(name, path, target.stat().st_size))
+            fd, status = open_regular(path, CheckpointError)
+            os.close(fd)
+            files.append(SideFile(name, path, status.st_size, status.st_mtime_ns))
     return files, left_out, warnings
+
+
+def open_side_file(root: Path, file: SideFile) -> int:
+    """A file descriptor to close of a file of the checkpoint ``root``.
+
+    Raises:
+        EnvironmentFaultError: it is no longer the file that was planned with, or a link leads out.
+        OSError: the machine failed to open it.
+    """
+    if _leads_out(root, file.path):
+        raise changed(file.name)
+    return open_planned(file.path, file.name, file.nbytes, file.mtime_ns)
+
+
+def pieces_of(root: Path, file: SideFile) -> Iterator[bytes]:
+    """The bytes of a side file; errors as of `open_side_file`, at the end as well."""
+    nbytes = 0
+    with open(open_side_file(root, file), "rb") as opened:
+        while nbytes <= file.nbytes and (piece := opened.read(_PIECE_NBYTES)):
+            nbytes += len(piece)
+            yield piece
+        if (nbytes, os.fstat(opened.fileno()).st_mtime_ns) != (file.nbytes, file.mtime_ns):
+            raise changed(file.name)
+
+
+def _leads_out(root: Path, path: Path) -> bool:
+    """Whether a path in a checkpoint is that of something elsewhere.
+
+    In a hub cache, snapshots/REV/FILE is a link to ../../blobs/HASH.
+    """
+    there = Path(os.path.realpath(root))
+    target = Path(os.path.realpath(path))
+    return not any(target.is_relative_to(f) for f in (there, there.parent.parent / "blobs"))
 
 
 def _is_other_index(name: str) -> bool:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ..errors import EnvironmentFaultError, InputError, MoeCkptError, show
 
-__all__ = ["file_sha256", "impostor", "open_regular", "read_failure", "read_regular"]
+__all__ = ["changed", "file_sha256", "impostor", "open_planned", "open_regular", "read_failure"]
+__all__ += ["read_regular"]
 
 # What a folder can be made to answer. All other errors are the machine's: a disk or a network
 # that fails, permissions, too many open files.
@@ -84,6 +85,29 @@ def open_regular(path: Path, kind: type[InputError]) -> tuple[int, os.stat_resul
         what = next((name for is_it, name in _KINDS if is_it(status.st_mode)), "something else")
         raise kind(f"{show(path.name)}: is {what}, not a regular file; put the file itself there")
     return fd, status
+
+
+def open_planned(path: Path, name: str, nbytes: int, mtime_ns: int) -> int:
+    """A file descriptor to close of a file that a plan was made with.
+
+    Raises:
+        EnvironmentFaultError: it is no longer the file of this size and modification time.
+        OSError: the machine failed to open it.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    status = os.fstat(fd)
+    found = (stat.S_ISREG(status.st_mode), status.st_size, status.st_mtime_ns)
+    if found != (True, nbytes, mtime_ns):
+        os.close(fd)
+        raise changed(name)
+    return fd
+
+
+def changed(name: str) -> EnvironmentFaultError:
+    """What to say of a file that is no longer what it was planned with."""
+    return EnvironmentFaultError(
+        f"{show(name)}: changed while it was read; run again when the checkpoint is complete"
+    )
 
 
 def read_regular(path: Path, cap_nbytes: int, kind: type[InputError]) -> bytes:

@@ -41,7 +41,7 @@ def verify(
         InputError: there is no such folder, or the source cannot be read.
         EnvironmentFaultError: disk, memory or GPU failed.
     """
-    from ..work.pool import environment_faults
+    from ..faults import environment_faults
     from .subject import open_subject
 
     findings = Findings()

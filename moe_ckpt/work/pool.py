@@ -1,4 +1,4 @@
-"""Threads with a worker each, and what may go wrong around them."""
+"""Threads with a worker each."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 from ..engines import Backend
-from ..errors import EnvironmentFaultError, MoeCkptError, show
 from ..source.headers import Shard
 from .batches import Budget
 from .reader import SourceReader
 from .worker import Worker
 
-__all__ = ["Pool", "environment_faults", "pool_over"]
+__all__ = ["Pool", "pool_over"]
 
 T = TypeVar("T")
 
@@ -78,32 +77,3 @@ def pool_over(shards: Iterable[Shard], backend: Backend, budget: Budget) -> Iter
         reader.check_unchanged()
     finally:
         reader.close()
-
-
-@contextmanager
-def environment_faults() -> Iterator[None]:
-    """Turn failures of the machine into `EnvironmentFaultError`."""
-    try:
-        yield
-    except MoeCkptError:
-        raise
-    except MemoryError as error:
-        raise EnvironmentFaultError(
-            "memory ran out; free some, or pass a smaller --memory, and run the same command again"
-        ) from error
-    except OSError as error:
-        name = f"{show(error.filename)}: " if error.filename else ""
-        raise EnvironmentFaultError(
-            f"{name}{error.strerror or show(error)}; mend this and run the same command again"
-        ) from error
-    except RuntimeError as error:  # torch's, which is not imported for this
-        if "CUDA" not in str(error):
-            raise
-        if "out of memory" in str(error):
-            raise EnvironmentFaultError(
-                f"GPU memory ran out ({show(error)}); free some, or use --device cpu, and run the "
-                "same command again"
-            ) from error
-        raise EnvironmentFaultError(
-            f"the GPU failed ({show(error)}); run the same command again, or with --device cpu"
-        ) from error

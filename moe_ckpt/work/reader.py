@@ -8,23 +8,32 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+import resource
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from threading import Event, Lock
 
-from ..errors import EnvironmentFaultError, show
+from ..source.files import changed, open_planned
 from ..source.headers import Shard
 from ..source.stored import Read
 
 __all__ = ["SourceReader"]
 
-# Transient errors of network disks, and how long to wait before each new attempt.
-_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET)
+# Transient errors of network disks, and how long to wait before each new attempt. Descriptors are
+# free again when other threads have read.
+_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+_PASSING = (
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET),
+    *_NO_DESCRIPTORS,
+)
 _PAUSES_S = (0.5, 2.0, 8.0)
+_LEAST_OPEN, _MOST_OPEN = 4, 64
+_SHARE = 8  # of the descriptors that a process may have
 
 
 class SourceReader:
-    """Open shards of a source, to be read by several threads.
+    """Shards of a source, to be read by several threads; those that were read last are open.
 
     ``stop`` is set when no error is worth waiting for any more.
     """
@@ -32,9 +41,14 @@ class SourceReader:
     def __init__(self, shards: Iterable[Shard]) -> None:
         self.stop = Event()
         self._shards = {shard.name: shard for shard in shards}
-        self._fds: dict[str, int] = {}
-        self._old_fds: list[int] = []
+        self._were_read: set[str] = set()
+        self._fds: dict[str, int] = {}  # the last one was used last
+        self._users: Counter[int] = Counter()  # reads under way, by descriptor
         self._lock = Lock()
+        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if allowed < 0:  # no limit
+            allowed = _SHARE * _MOST_OPEN
+        self._most = max(_LEAST_OPEN, min(allowed // _SHARE, _MOST_OPEN))
 
     def read(self, read: Read, start: int, into: memoryview) -> None:
         """Fill ``into`` with the bytes of ``read`` from its byte ``start`` on.
@@ -48,8 +62,11 @@ class SourceReader:
         pauses = iter(_PAUSES_S)
         while filled < len(into):
             try:
-                count = os.preadv(self._fd(read.shard), [into[filled:]], position + filled)
+                with self._open(read.shard) as fd:
+                    count = os.preadv(fd, [into[filled:]], position + filled)
             except OSError as error:
+                if error.errno in _NO_DESCRIPTORS:
+                    self._close_idle(0)
                 pause = next(pauses, None)
                 if error.errno not in _PASSING or pause is None or self.stop.wait(pause):
                     path = str(self._shards[read.shard].path)
@@ -57,7 +74,7 @@ class SourceReader:
                 self._reopen(read.shard)
                 continue
             if count == 0:
-                raise _changed(read.shard)
+                raise changed(read.shard)
             filled += count
 
     def forget(self, read: Read) -> None:
@@ -65,45 +82,57 @@ class SourceReader:
 
         A terabyte that passes through it would drive out everything else.
         """
-        with suppress(OSError):
-            os.posix_fadvise(self._fd(read.shard), read.offset, read.nbytes, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError), self._open(read.shard) as fd:
+            os.posix_fadvise(fd, read.offset, read.nbytes, os.POSIX_FADV_DONTNEED)
 
     def check_unchanged(self) -> None:
         """Raise if a shard that was read is not the file that was planned with."""
-        for name in list(self._fds):
-            status = os.stat(self._shards[name].path)
-            if (status.st_size, status.st_mtime_ns) != self._stamp(name):
-                raise _changed(name)
+        for name in sorted(self._were_read):
+            shard = self._shards[name]
+            status = os.stat(shard.path)
+            if (status.st_size, status.st_mtime_ns) != (shard.nbytes, shard.mtime_ns):
+                raise changed(name)
 
     def close(self) -> None:
-        """Close all shards."""
-        for fd in (*self._fds.values(), *self._old_fds):
-            os.close(fd)
-        self._fds.clear()
-        self._old_fds.clear()
+        """Close all shards; no thread reads any more."""
+        with self._lock:
+            for fd in {*self._fds.values(), *self._users}:
+                os.close(fd)
+            self._fds.clear()
+            self._users.clear()
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[int]:
+        """A descriptor of a shard that stays open meanwhile."""
+        with self._lock:
+            fd = self._fds.pop(name, None)
+            if fd is None:
+                shard = self._shards[name]
+                fd = open_planned(shard.path, name, shard.nbytes, shard.mtime_ns)
+                self._were_read.add(name)
+            self._fds[name] = fd
+            self._users[fd] += 1
+        try:
+            yield fd
+        finally:
+            with self._lock:
+                self._users[fd] -= 1
+                if not self._users[fd]:
+                    del self._users[fd]
+                    if self._fds.get(name) != fd:
+                        os.close(fd)
+            self._close_idle(self._most)
+
+    def _close_idle(self, most: int) -> None:
+        """Close what nobody reads from and was not used for longest, until so many are open."""
+        with self._lock:
+            for name, fd in list(self._fds.items())[: max(0, len(self._fds) - most)]:
+                if fd not in self._users:
+                    os.close(self._fds.pop(name))
 
     def _reopen(self, name: str) -> None:
         """Let the next read open the shard again; others may still be reading from the old one."""
         with self._lock:
-            if name in self._fds:
-                self._old_fds.append(self._fds.pop(name))
-
-    def _fd(self, name: str) -> int:
-        with self._lock:
-            if name not in self._fds:
-                fd = os.open(self._shards[name].path, os.O_RDONLY | os.O_CLOEXEC)
-                self._fds[name] = fd
-                status = os.fstat(fd)
-                if (status.st_size, status.st_mtime_ns) != self._stamp(name):
-                    raise _changed(name)
-            return self._fds[name]
-
-    def _stamp(self, name: str) -> tuple[int, int]:
-        shard = self._shards[name]
-        return shard.nbytes, shard.mtime_ns
-
-
-def _changed(name: str) -> EnvironmentFaultError:
-    return EnvironmentFaultError(
-        f"{show(name)}: changed while it was read; run again when the checkpoint is complete"
-    )
+            fd = self._fds.pop(name, None)
+            if fd is not None and fd not in self._users:
+                os.close(fd)

@@ -245,6 +245,38 @@ def test_a_closed_stderr_does_not_cost_the_work(tmp_path, redirect):
     assert (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        ("inspect {source} --json", 0),
+        ("convert {source} {out} --json -q --stats {stats}", 0),
+        ("verify {ours} --json -q", 0),
+        ("verify {others} --json", 6),
+        ("layouts", 0),
+        ("formats --json", 0),
+        ("convert --help", 0),
+    ],
+)
+def test_who_reads_has_enough(tmp_path, args, code):
+    """As with ``| head``: no error, and what is found counts."""
+    models = FIXTURES / "qwen3_moe"
+    args = args.format(
+        source=SOURCE,
+        out=tmp_path / "out",
+        stats=STATS,
+        ours=models / "modelopt-nvfp4",
+        others=models / "llm-compressor-nvfp4a16",
+    )
+    command = Path(sys.executable).with_name("moe-ckpt")
+    line = f"set -o pipefail; {command} {args} | true"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    for words in ("Broken pipe", "standard output", "Traceback", "Exception ignored"):
+        assert words not in done.stderr
+    if not code:
+        assert "error" not in done.stderr
+
+
 def test_a_full_stdout_is_an_environment_fault():
     command = Path(sys.executable).with_name("moe-ckpt")
     line = f"{command} inspect {SOURCE} --json >/dev/full"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -270,6 +271,47 @@ def test_kernels_compile_where_nothing_can_be_kept(tmp_path):
         check=False,
     )
     assert done.stdout == "2\n", done.stderr
+
+
+COMPILES = """
+import moe_ckpt.kernels.elements as elements
+def more(x):
+    return x + 1
+print(elements.compiled(more)(1))
+"""
+
+
+@pytest.mark.parametrize("damage", [b"", b"x", b"\x80\x04", None])
+def test_a_damaged_cache_is_made_again(tmp_path, damage):
+    """What a power cut leaves of it; None: as it was, so that it is known to be read."""
+    (tmp_path / "more.py").write_text(COMPILES)
+    cache = tmp_path / "cache"
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "NUMBA_DEBUG_CACHE": "1"}
+    for _ in range(2):
+        args = [sys.executable, tmp_path / "more.py"]
+        done = subprocess.run(args, capture_output=True, text=True, check=False, env=env)
+        assert done.stdout.splitlines()[-1] == "2", done.stderr
+        kept = [path for path in cache.rglob("*") if path.suffix in (".nbi", ".nbc")]
+        assert len(kept) == 2
+        for path in kept if damage is not None else ():
+            path.write_bytes(damage)
+    assert ("data loaded" in done.stdout) == (damage is None)
+
+
+def test_a_full_disk_of_the_cache_stops_no_conversion(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "more.py").write_text(COMPILES)
+    script = (
+        f"mount -t tmpfs -o size=64k tmpfs {tmp_path}/disk && "
+        f"{{ head -c 100000 /dev/zero > {tmp_path}/disk/fill; "
+        f"NUMBA_CACHE_DIR={tmp_path}/disk {sys.executable} {tmp_path}/more.py; }}"
+    )
+    args = ["unshare", "--map-root-user", "--mount", "bash", "-c", script]
+    done = subprocess.run(args, capture_output=True, text=True, check=False)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip("no small file system can be made here")
+    assert "No space left on device" in done.stderr  # the filler's
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 
 
 class Cramped(with_torch.TorchEngine):

@@ -23,7 +23,8 @@ from moe_ckpt.engines import backend_for
 from moe_ckpt.errors import EnvironmentFaultError, MoeCkptError, OutputRefusedError, VerifyError
 
 OPTIONS = {"max_shard_size": 60_000}
-OPERATIONS = ("fsync", "pwrite", "replace", "unlink", "mkdir", "rmdir", "posix_fallocate")
+OPERATIONS = ("fsync", "pwrite", "replace", "link", "unlink", "mkdir", "rmdir", "posix_fallocate")
+NAMING = ("replace", "link")  # the journal's way, and that of all other files
 ENDED, OTHER, PASSED, HARMLESS = 0, 70, 80, 81  # harmless: an old file is not removed, say
 
 
@@ -202,14 +203,14 @@ def two_at_once(runs: Runs, times: int) -> None:
 def order_of_operations(runs: Runs) -> None:
     """What a power cut needs: data on disk, then the record, then the name, then the folder."""
     log: list[tuple[str, str]] = []
-    real = {name: getattr(os, name) for name in ("fsync", "pwrite", "replace")}
+    real = {name: getattr(os, name) for name in ("fsync", "pwrite", *NAMING)}
 
     def logged(name):
         def operation(first, *args):
             is_fd = isinstance(first, int)
             path = os.readlink(f"/proc/self/fd/{first}") if is_fd else str(first)
             done = real[name](first, *args)
-            log.append((name, f"{path} -> {args[0]}" if name == "replace" else path))
+            log.append((name, f"{path} -> {args[0]}" if name in NAMING else path))
             return done
 
         return operation
@@ -221,7 +222,7 @@ def order_of_operations(runs: Runs) -> None:
     for name, function in real.items():
         setattr(os, name, function)
     journal = str(out / ".moe-ckpt" / "journal.jsonl")
-    names = [position for position, (name, _) in enumerate(log) if name == "replace"]
+    names = [position for position, (name, _) in enumerate(log) if name in NAMING]
     for position, following in zip(names, [*names[1:], len(log)], strict=True):
         partial, final = log[position][1].split(" -> ")
         before = log[:position]

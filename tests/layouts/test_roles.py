@@ -33,6 +33,9 @@ BUILT = [
 REFUSED = {
     *((name, "B") for name in ("axk2", "ernie4_5_vl_moe", "glm5_next", "hy_v4", "kimi_linear")),
     *((name, "B") for name in ("deepseek_v4", "kimi_k25", "qwen3_omni_moe")),
+    *((name, "B") for name in ("bailing_hybrid", "deepseek_ocr2", "dots3_note", "hy_v4_vl")),
+    *((name, "B") for name in ("inkling2", "inkling2_loop", "lara_mini", "mistral_large4")),
+    *((name, "B") for name in ("sarvam_moe", "unlimited_ocr")),
     ("qwen3_omni_moe_thinker", "B"),
     *((name, "B") for name in ("inkling_mm_model", "longcat_flash", "minimax_m3_vl", "step3p7")),
     ("longcat_flash", "A"),
@@ -74,7 +77,7 @@ def modules_with_experts(model):
     found = []
     for name, module in model.named_modules():
         own = {leaf for leaf, _ in module.named_parameters(recurse=False)}
-        is_routed = not any(word in name for word in ("shared", "encoder", "talker"))
+        is_routed = not any(word in name for word in ("shared", "encoder", "talker", "tower"))
         has_weights = own & {"gate_up_proj", "up_proj"} and is_routed
         if has_weights or type(module).__name__ in ("DbrxExperts", "JetMoeMoE"):
             found.append(module)
@@ -103,12 +106,14 @@ def activation(module, gate, up):
         return (up.clamp(-module.limit, module.limit) + 1) * gate * torch.sigmoid(alpha * gate)
     if name == "DeepseekV4Experts":
         return module.act_fn(gate.clamp(max=module.limit)) * up.clamp(-module.limit, module.limit)
-    if name in ("HYV4Experts", "Glm5NextTextExperts"):
+    if name in ("HYV4Experts", "HYV4VLExperts", "Glm5NextTextExperts"):
         gate = gate.clamp(max=module.swiglu_limit)
         return torch.nn.functional.silu(gate) * up.clamp(-module.swiglu_limit, module.swiglu_limit)
     if name == "Step3p7Experts":
         gate = module.act_fn(gate).clamp(max=module.limit)
         return gate * up.clamp(-module.limit, module.limit)
+    if name in ("Inkling2Experts", "Inkling2LoopExperts"):
+        return module.act_fn(gate, up)
     if name == "DbrxExperts":
         return module.mlp.activation_fn(gate) * up
     act = module.activation if name == "JetMoeMoE" else module.act_fn
@@ -126,7 +131,8 @@ def run_ours(module, experts, tensors, x):
         *reading, down = [decoded(tensors, name) for name in names]
         read = [x @ w.T + b for w, b in zip(reading, biases, strict=False)]
         hidden = activation(module, read[0] if len(read) == 2 else None, read[-1])
-        results.append(hidden @ down.T + biases[-1])
+        result = hidden @ down.T + biases[-1]
+        results.append(getattr(module, "post_expert_norm", lambda x: x)(result))
     return torch.stack(results)
 
 

@@ -15,13 +15,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from kit.command import run_cli, wait_for_a_shard
+from kit.command import run_cli, run_here, wait_for_a_shard
 from kit.faults import tree
 from kit.files import FIXTURES
 
 import moe_ckpt
 from moe_ckpt.errors import CheckpointError, EnvironmentFaultError, OutputRefusedError, VerifyError
 from moe_ckpt.output.journal import read_journal
+from moe_ckpt.output.writer import OutputFolder
 from moe_ckpt.work import reader
 
 SOURCE = FIXTURES / "qwen3_moe" / "source"
@@ -483,6 +484,203 @@ def test_a_source_that_changes_in_mid_run_is_noticed(source, tmp_path, change):
     published = list(out.glob("*.safetensors"))
     assert len(published) <= len(changed) + 1 < shards
     assert not (out / "config.json").exists()
+
+
+# What others do in mid-run.
+
+
+@pytest.fixture
+def in_mid_run(monkeypatch):
+    """Let something happen once a shard has its name, or once all have and files are copied."""
+
+    def put(act, name="publish_shard"):
+        real, acts = getattr(OutputFolder, name), [act]
+
+        def method(self, *args):
+            if name == "finish" and acts:
+                acts.pop()()
+            done = real(self, *args)
+            if acts:
+                acts.pop()()
+            return done
+
+        monkeypatch.setattr(OutputFolder, name, method)
+
+    return put
+
+
+def convert_here(source, out, *args):
+    return run_here("convert", source, out, "-q", "--max-shard-size", "30000", *args)
+
+
+def errors_of(done):
+    return [line for line in done.stderr.splitlines() if "warning: no statistics" not in line]
+
+
+CHANGES = {
+    "edited": lambda path, _: path.write_text("{ }"),
+    "appended": lambda path, _: path.write_text(path.read_text() + " "),
+    "written again": lambda path, _: os.utime(path, ns=(1, 1)),
+    "a FIFO": lambda path, _: (path.unlink(), os.mkfifo(path)),
+    "a link out": lambda path, secret: (path.unlink(), path.symlink_to(secret)),
+    "a folder": lambda path, _: (path.unlink(), path.mkdir()),
+    "gone": lambda path, _: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("when", ["publish_shard", "finish"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_side_file_that_changes_in_mid_run_is_noticed(source, tmp_path, in_mid_run, when, change):
+    """At once, and it is as planned or not there; put back, the same command goes on."""
+    path, secret, out = source / "tokenizer.json", tmp_path / "secret", tmp_path / "out"
+    path.write_text("[1]")
+    secret.write_text("[2]")
+    for file in (path, secret):
+        os.utime(file, ns=(7, 7))
+    shards = moe_ckpt.make_plan(source, **SHARDS).shards
+    in_mid_run(lambda: change(path, secret), when)
+    done = convert_here(source, out)
+    assert done.returncode == 5, done.stderr
+    (error,) = errors_of(done)
+    assert error.startswith("moe-ckpt: error: ")
+    assert "tokenizer.json: " in error
+    stay = list(out.glob("*.safetensors"))
+    assert 1 <= len(stay) <= (3 if when == "publish_shard" else len(shards)) <= len(shards)
+    assert not (out / "tokenizer.json").exists()
+    assert not (out / "config.json").exists()
+
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    path.write_text("[1]")
+    os.utime(path, ns=(7, 7))
+    assert convert_here(source, out).returncode == 0
+    assert (out / "tokenizer.json").read_text() == "[1]"
+
+
+def test_a_side_file_that_cannot_be_opened_costs_no_work(source, tmp_path, monkeypatch):
+    (source / "tokenizer.json").write_text("[1]")
+    real = os.open
+
+    def refuse(path, *args, **kwargs):
+        if str(path).endswith("in/tokenizer.json"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    done = convert_here(source, tmp_path / "out")
+    assert done.returncode == 5
+    assert "tokenizer.json: cannot be read: Permission denied" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_contents_of_side_files_count_if_they_are_hashed(source, tmp_path):
+    path, out = source / "tokenizer.json", tmp_path / "out"
+    path.write_text("[1]")
+    interrupted(source, out, hash_source=True)
+    path.write_text("[2]")
+    done = convert_here(source, out, "--hash-source")
+    assert done.returncode == 4
+    assert "files of the source have other contents: tokenizer.json" in done.stderr
+    path.write_text("[1]")
+    assert "--hash-source compares their contents" in convert_here(source, out).stderr
+    assert convert_here(source, out, "--hash-source").returncode == 0
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("last shard", lambda path, _: path.write_text("mine")),
+        ("last shard", Path.symlink_to),
+        ("last shard", lambda path, _: path.mkdir()),
+        ("config.json", lambda path, _: path.write_text("{}")),
+        ("model.safetensors.index.json", lambda path, _: path.write_text("{}")),
+        ("sub/tokenizer.json", lambda path, _: (path.parent.mkdir(), path.write_text("{}"))),
+        ("sub", lambda path, _: path.write_text("mine")),
+        ("sub", lambda path, elsewhere: path.symlink_to(elsewhere.parent)),
+    ],
+)
+def test_what_comes_in_mid_run_is_not_replaced(
+    source, tmp_path, in_mid_run, monkeypatch, name, make, links
+):
+    """Nor is anything written through it; out of the way, the same command goes on."""
+    (source / "sub").mkdir()
+    (source / "sub" / "tokenizer.json").write_text("[1]")
+    assert convert_here(source, tmp_path / "whole").returncode == 0
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere" / "file"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text("mine")
+    shards = [shard.name for shard in moe_ckpt.make_plan(source, **SHARDS).shards]
+    path = out / (shards[-1] if name == "last shard" else name)
+    if not links:  # as on file systems without them
+
+        def refuse(*_):
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
+    in_mid_run(lambda: make(path, elsewhere))
+    done = convert_here(source, out)
+    assert done.returncode == 4, done.stderr
+    (error,) = errors_of(done)
+    assert f"{path.relative_to(out)} was put there while the conversion ran" in error
+    assert elsewhere.read_text() == "mine"
+    assert [p.name for p in elsewhere.parent.iterdir()] == ["file"]
+    assert path.is_symlink() or path.is_dir() or path.read_text() in ("mine", "{}")
+    stay = len(list(out.glob("*.safetensors")))
+    assert stay >= len(shards) - 1
+
+    path.rename(tmp_path / "moved")
+    again = run_here("convert", source, out, "--max-shard-size", "30000")
+    assert again.returncode == 0, again.stderr
+    assert "going on: " in again.stderr
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_what_comes_at_the_last_moment_is_not_ours(source, tmp_path, monkeypatch):
+    """Between the record and the name: were it still recorded, the next run would remove it."""
+    out, real = tmp_path / "out", os.link
+    name = [shard.name for shard in moe_ckpt.make_plan(source, **SHARDS).shards][2]
+
+    def link(partial, final):
+        if final == out / name:
+            final.write_text("mine")
+        real(partial, final)
+
+    monkeypatch.setattr(os, "link", link)
+    done = convert_here(source, out)
+    assert (done.returncode, f"{name} was put there" in done.stderr) == (4, True)
+    assert name not in read_journal(out).records
+    before = tree(out)
+    for _ in range(2):
+        assert convert_here(source, out).returncode == 4
+        assert tree(out) == before
+    assert before[name] == b"mine"
+
+
+LOSSES = {
+    "removed": lambda journal: journal.unlink(),
+    "cut": lambda journal: os.truncate(journal, 0),
+    "another text": lambda journal: journal.write_text("{}\n"),
+    "a FIFO": lambda journal: (journal.unlink(), os.mkfifo(journal)),
+    "its folder removed": lambda journal: shutil.rmtree(journal.parent),
+}
+
+
+@pytest.mark.parametrize("lose", LOSSES.values(), ids=LOSSES)
+def test_a_journal_that_is_lost_in_mid_run_is_noticed_and_written_anew(
+    source, tmp_path, whole, in_mid_run, lose
+):
+    out = tmp_path / "out"
+    in_mid_run(lambda: lose(out / ".moe-ckpt" / "journal.jsonl"))
+    done = convert_here(source, out)
+    assert done.returncode == 5, done.stderr
+    (error,) = errors_of(done)
+    assert "journal.jsonl: was removed or changed while the conversion ran; nothing that" in error
+    stay = {path.name for path in out.glob("*.safetensors")}
+    assert 1 <= len(stay) <= 2
+    assert read_journal(out).records.keys() == stay
+    result = moe_ckpt.convert(source, out, **SHARDS)
+    assert result.resumed == len(stay)
+    assert tree(out) == whole
 
 
 # The output's disk.

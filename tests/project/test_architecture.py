@@ -16,6 +16,7 @@ PACKAGE = Path(moe_ckpt.__file__).parent
 # From the bottom to the top: a room imports from itself and from the lines above its own.
 ORDER = (
     ("errors", "dtypes", "runtimes", "version", "words"),
+    ("faults",),
     ("limits", "formats"),
     ("dialects",),
     ("source",),

@@ -14,6 +14,7 @@ from kit.files import FIXTURES, read_files, read_json
 
 import moe_ckpt
 from moe_ckpt import AmaxError
+from moe_ckpt.work import reader
 
 SOURCE = FIXTURES / "qwen3_moe" / "source"
 STATS = FIXTURES / "qwen3_moe" / "stats.json"
@@ -134,6 +135,21 @@ def test_where_the_file_may_not_be_written(tmp_path, model, amax):
     assert (done.returncode, "is not a regular file" in done.stderr) == (4, True)
     assert (tmp_path / "pipe").is_fifo()
     assert not (model / "amax.json").exists()
+
+
+def test_a_file_that_comes_while_it_scans_is_not_replaced(tmp_path, model, monkeypatch):
+    path, real = tmp_path / "amax.json", reader.SourceReader.check_unchanged
+
+    def check(self):
+        real(self)
+        path.write_text("mine")
+
+    monkeypatch.setattr(reader.SourceReader, "check_unchanged", check)
+    done = run_here("scan", model, "-o", path)
+    assert (done.returncode, "amax.json: is there already" in done.stderr) == (4, True)
+    assert path.read_text() == "mine"
+    assert run_here("scan", model, "-o", path, "--overwrite").returncode == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["amax.json", "in"]
 
 
 def test_a_quantized_source_has_the_amax_of_what_it_stands_for(tmp_path):

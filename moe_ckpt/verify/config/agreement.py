@@ -10,13 +10,14 @@ from ...dialects.dialect import MODELOPT
 from ...dialects.modelopt.table import algorithm_named
 from ...dialects.reading import Reading
 from ...errors import show, show_some
-from ...planning.kv_cache import KV_SCALES
-from ..findings import Findings
+from ...planning.kv_cache import JOINED, KV_SCALES, other_scale
+from ..findings import WARNING, Findings
 from ..inventory import Inventory, expert_of
 from ..subject import Subject
 
 __all__ = ["check_kv_cache", "check_single_experts", "check_two_files"]
 
+_JOINED = tuple(f".{place}{ending}" for place in JOINED for ending in KV_SCALES)
 _TWO_FILES = (
     "TensorRT-LLM goes by hf_quant_config.json, vLLM and SGLang by config.json: one is wrong"
 )
@@ -107,7 +108,7 @@ def check_kv_cache(subject: Subject, findings: Findings) -> None:
             "runtimes keep the cache in 16 bits, and those that know no such name stop",
         )
     for name in scales:
-        other = re.sub(r"(k_proj\.k|v_proj\.v|k|v)_scale$", _other_scale, name)
+        other = other_scale(name)
         if other not in tensors:
             findings.add(
                 "config",
@@ -115,12 +116,13 @@ def check_kv_cache(subject: Subject, findings: Findings) -> None:
                 f"is missing beside {show(name)}",
                 "vLLM takes the one for both",
             )
-
-
-def _other_scale(match: re.Match[str]) -> str:
-    return {
-        "k_proj.k": "v_proj.v_scale",
-        "v_proj.v": "k_proj.k_scale",
-        "k": "v_scale",
-        "v": "k_scale",
-    }[match[1]]
+    joined = [name for name in scales if name.endswith(_JOINED)]
+    if joined:
+        findings.add(
+            "config",
+            show(joined[0]),
+            f"is one of {len(joined)} scales of a KV cache in qkv_proj, where vLLM looks for them "
+            "and SGLang does not",
+            "SGLang warns and takes 1.0: keys and values above 448 are cut off",
+            WARNING,
+        )

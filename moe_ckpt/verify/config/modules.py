@@ -14,6 +14,7 @@ from ...formats import UNQUANTIZED, find_format
 from ...layouts.roles import reason_to_keep
 from ...layouts.sizes import model_type_of
 from ...loaders.judge import LOADERS
+from ...loaders.loader import text_types_of
 from ...runtimes import RUNTIMES, SGLANG, TRANSFORMERS, TRTLLM, VLLM
 from ..findings import ERROR, Findings, Runtime
 from ..inventory import Inventory, Module
@@ -220,12 +221,12 @@ def _check_modules(
     """Report modules that a runtime builds otherwise than they are; returns these runtimes."""
     misled: set[str] = set()
     method = subject.method
-    model_type = model_type_of(subject.config)
+    model_types = (model_type_of(subject.config), *text_types_of(subject.config))
     for module in modules:
         wrong: dict[str, list[str]] = {}
         for runtime, reading in by_runtime.items():
             if module.format is None and _is_plain_anyway(
-                runtime, method, module.name, model_type, reading
+                runtime, method, module.name, model_types, reading
             ):
                 continue
             try:
@@ -258,7 +259,7 @@ def _is_told(module: Built, found: str) -> bool:
 
 
 def _is_plain_anyway(
-    runtime: str, method: str, name: str, model_type: str, reading: Reading
+    runtime: str, method: str, name: str, model_types: Sequence[str], reading: Reading
 ) -> bool:
     """Whether a runtime builds a module in 16 bits, whatever the configuration says."""
     if name.rpartition(".")[2] == _HEAD:
@@ -268,4 +269,4 @@ def _is_plain_anyway(
         # transformers leaves it out itself if there is no list.
         return runtime != TRANSFORMERS or not reading.has_list
     loader = next(loader for loader in LOADERS if loader.name == runtime)
-    return loader.built_plain(model_type, method, name)
+    return loader.built_plain(model_types, method, name)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from ...errors import show
 from ...formats import find_format
 from ...layouts.sizes import model_type_of
+from ...layouts.wrappers import family_of_config
 from ...loaders.judge import LOADERS, verdicts_on
-from ...loaders.loader import FUSED, SPLIT, Written, architectures_of
+from ...loaders.loader import FUSED, SPLIT, Written, text_types_of
 from ..findings import Findings, Runtime
 from ..inventory import Inventory, Module
 from ..subject import Subject
@@ -37,12 +38,13 @@ def _written(subject: Subject, inventory: Inventory) -> Written:
     is_fused = any(found.stacked for found in inventory.experts.values())
     return Written(
         model_type=model_type_of(subject.config),
+        text_types=text_types_of(subject.config),
+        family=family_of_config(subject.config),
         method=subject.method,
         form=FUSED if is_fused else SPLIT,
         experts=tuple(experts),
         linears=linears,
         kept=kept,
-        architectures=architectures_of(subject.config),
         dtypes=dict(found for module in inventory.quantized for found in _other_dtypes(module)),
     )
 

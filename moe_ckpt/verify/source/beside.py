@@ -8,6 +8,7 @@ from typing import Any
 
 from ...dialects.config import CONFIG, without_quantization
 from ...errors import InputError, show
+from ...layouts.config_keys import complete_config
 from ...source.checkpoint import SideFile, Source
 from ...source.files import open_regular
 from ...source.strict_json import parse_object
@@ -34,7 +35,11 @@ def check_config_json(subject: Subject, source: Source, findings: Findings) -> N
     wanted, found = (without_quantization(c) for c in (source.config, subject.config))
     if not found:
         return  # it could not be read, which is a finding already
+    completed = complete_config(source.config, source.tensors.keys()).config
+    remain = {path for path, _, _ in _differences(without_quantization(completed), found)}
     for path, before, now in _differences(wanted, found):
+        if path not in remain:
+            continue  # a key that the source lacks and runtimes ask for
         if not subject.is_ours and (before is _NOT_THERE or path.split(".")[-1] in _OF_THE_TOOL):
             continue
         what = "is missing" if now is _NOT_THERE else f"is {show(repr(now))}"

@@ -14,13 +14,15 @@ from functools import partial
 from typing import TypeVar
 
 from ...engines import Backend
+from ...faults import environment_faults
 from ...layouts import Given, detect
+from ...layouts.unwrapping import unwrap
 from ...limits import Limits
 from ...source.checkpoint import open_source
 from ...source.headers import Shard
 from ...source.weights import weights_of
 from ...work.batches import Budget, budget_for, gathered_nbytes
-from ...work.pool import Pool, environment_faults
+from ...work.pool import Pool
 from ...work.reader import SourceReader
 from ...work.worker import Worker
 from ..findings import Findings
@@ -62,7 +64,7 @@ def against_source(
         InputError: the source cannot be read.
         EnvironmentFaultError: disk, memory or GPU failed.
     """
-    source = open_source(source_dir)
+    source = unwrap(open_source(source_dir)).source
     weights = weights_of(source)
     detection = detect(weights.tensors, source.config, _given(subject))
     with environment_faults():

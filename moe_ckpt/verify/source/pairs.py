@@ -17,7 +17,7 @@ from ...layouts import Detection, Experts, Side
 from ...layouts.places import expert_modules, place_of_experts, place_of_linears
 from ...layouts.roles import amax_groups, is_matrix, module_of, reason_to_keep, set_aside
 from ...plan import Copy, Job
-from ...planning.kv_cache import KV_SCALES
+from ...planning.kv_cache import KV_SCALES, scale_places
 from ...planning.shards import CopyUnit
 from ...planning.units import share_amax, split_biases
 from ...source.headers import TensorInfo
@@ -155,11 +155,7 @@ class _Pairing:
             if candidate in tensors:
                 return candidate
         if name.endswith(KV_SCALES):
-            attention, _, leaf = name.rpartition(".")
-            attention = attention.removesuffix(f".{leaf[0]}_proj")
-            for candidate in (f"{attention}.{leaf}", f"{attention}.{leaf[0]}_proj.{leaf}"):
-                if candidate in tensors:
-                    return candidate
+            return next((place for place in scale_places(name) if place in tensors), None)
         return None
 
     # What stays as it is

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 
-from ...dialects.dialect import MODELOPT
+from ...dialects.dialect import COMPRESSED_TENSORS, MODELOPT
 from ...errors import show, show_some
 from ...layouts.roles import module_of
-from ...layouts.sizes import model_type_of
-from ...layouts.table import find_family
+from ...layouts.wrappers import family_of_config
 from ...source.checkpoint import INDEX
 from ...source.encodings import ENCODINGS, INPUT_NAMES
 from ...source.headers import TensorInfo
@@ -18,11 +17,13 @@ from ..inventory import Inventory
 from ..subject import Subject
 from .completeness import COUNT, UNLIKE, experts_problems
 from .diagnosis import diagnose, stem_of
+from .naming import check_names
 
 __all__ = ["check_structure"]
 
 # What weights are stored as -> the ending of the tensor with their shape, if they have one.
 _SHAPES = {of.name: of.shape_ending for of in ENCODINGS if of.shape_ending}
+_PACKED_STACK = re.compile(r".+\.experts\.[^.]+_packed")
 _FUSED_LEAF = re.compile(r"((gate_up|gate|up|down)_proj|w[123]|w13|v1)(_.*)?")
 
 # What happens at load time where a tensor of this role is missing or no such tensor.
@@ -48,6 +49,7 @@ _STOPS = "runtimes build the model from config.json, and stop where the shapes d
 def check_structure(subject: Subject, inventory: Inventory, findings: Findings) -> None:
     """Check a checkpoint that was opened, beyond what opening it found."""
     _count(subject, inventory, findings)
+    check_names(subject, findings)
     _check_index(subject, findings)
     for where, reason in subject.unread:
         findings.add("structure", show(where), reason, _NOT_READ, UNCHECKED)
@@ -57,6 +59,7 @@ def check_structure(subject: Subject, inventory: Inventory, findings: Findings) 
         for name, problem, kind in experts_problems(subject, inventory):
             _add(findings, name, problem, _EFFECTS[kind])
         _check_detection(subject, inventory, findings)
+    _check_fused(subject, inventory, findings)
     _check_alike(inventory, findings)
     _check_ranks(subject, inventory, findings)
 
@@ -173,7 +176,7 @@ def _check_leftovers(subject: Subject, inventory: Inventory, findings: Findings)
                 "a runtime loads both, and what it reads last counts",
             )
     for module in inventory.quantized:
-        ending = _SHAPES.get(module.what)
+        ending = _SHAPES.get(module.what) if len(module.shape) == 2 else None
         if ending and f"{module.name}.weight{ending}" not in tensors:
             _add(
                 findings,
@@ -189,6 +192,31 @@ def _why_unused(info: TensorInfo) -> str:
     if info.dtype not in ("F32", "BF16", "F16"):
         return f"is {info.dtype}; expected F32"
     return f"is left over: {show(module_of(info.name))} has no use for an activation scale"
+
+
+def _check_fused(subject: Subject, inventory: Inventory, findings: Findings) -> None:
+    """Report quantized experts in one tensor that are stored as runtimes know them only split."""
+    stacked = {
+        info.name: info
+        for found in inventory.experts.values()
+        for module in found.stacked.values()
+        for part, info in module.parts
+        if part.role == "qweight" and module.is_quantized and subject.method == COMPRESSED_TENSORS
+    }
+    stacked |= {
+        name: info
+        for name, info in subject.source.tensors.items()
+        if len(info.shape) == 3 and _PACKED_STACK.fullmatch(name)
+    }
+    for name, info in stacked.items():
+        _add(
+            findings,
+            name,
+            f"is {info.dtype} {list(info.shape)}, all experts fused in one tensor, and no runtime "
+            f"knows such a tensor of quant_method {show(subject.method) or 'unknown'}: they read "
+            "the experts one by one",
+            "vLLM finds no weights for its experts and computes with what memory held; others stop",
+        )
 
 
 def _check_alike(inventory: Inventory, findings: Findings) -> None:
@@ -234,7 +262,7 @@ def _check_detection(subject: Subject, inventory: Inventory, findings: Findings)
     detection, config = subject.detection, subject.config
     if detection is not None or findings.found or subject.is_ours:
         return  # a conversion of ours was told what the config leaves open
-    family = find_family(model_type_of(config))
+    family = family_of_config(config)
     is_split = any(found.split for found in inventory.experts.values())
     if family is None or not (is_split and family.reads_split):
         return  # the rules of detection are for sources, which may not be stored so

@@ -104,7 +104,8 @@ USAGE: dict[str, tuple[tuple[str, ...], str]] = {
     "shards of text": (("--max-shard-size", "large"), "number of bytes"),
     "shards of 5,000 digits": (("--max-shard-size", "9" * 5000), "number of bytes"),
     "memory": (("--memory", "-1GB"), "number of bytes"),
-    "workers": (("--workers", "0"), "--workers"),
+    "workers": (("--workers", "0"), "--workers 0: expected 1 to 256"),
+    "too many workers": (("--workers", "257"), "--workers 257: expected 1 to 256"),
     "device": (("--device", "tpu"), "device"),
 }
 
