@@ -29,6 +29,8 @@ class Spelling:
     ``shape_suffix``: suffix of a tensor int64 [2] that holds N and K; '' for none.
     ``scale_dtypes``: the dtypes in which a role is found in sources, where they are not those
         that stand for the dtype of its part, see `source.encodings`.
+    ``code_dtypes``: the dtypes in which codes are found in sources besides that of their part.
+    ``kept_dtypes``: of these, those that a role keeps where the weights of a source stay.
     """
 
     format: str
@@ -41,6 +43,8 @@ class Spelling:
     inverse: frozenset[str] = frozenset()
     shape_suffix: str = ""
     scale_dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    code_dtypes: tuple[str, ...] = ()
+    kept_dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def is_packed(self) -> bool:
@@ -80,6 +84,7 @@ class Assignment:
     ``experts``: format -> routed experts of layers. ``linears``: format -> linear layers.
     ``kept``: linear layers that stay as they are. ``set_aside``: part of the model that stays
     whole -> linear layers and experts in it. ``kv_cache``: whether k and v are stored as FP8.
+    ``moved``: the formats of which all weights are those of the source, codes and scales.
     """
 
     experts: Mapping[str, Sequence[QuantizedExperts]]
@@ -87,6 +92,7 @@ class Assignment:
     kept: Sequence[str]
     set_aside: Mapping[str, Sequence[str]]
     kv_cache: bool = False
+    moved: frozenset[str] = frozenset()
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from .compressed_tensors.read import describes, read_compressed, unread_schemes
 from .compressed_tensors.table import SPELLINGS as OF_COMPRESSED_TENSORS
 from .dialect import COMPRESSED_TENSORS, FP8, MODELOPT, Spelling
 from .fp8.read import read_fp8, unread_mixes
-from .fp8.table import CHANNEL, MXFP8
+from .fp8.table import CHANNEL, MXFP8, OTHER_SPELLINGS
 from .fp8.table import SPELLINGS as OF_FP8
 from .modelopt.read import foreign_algorithms, read_modelopt, unread_algorithms
 from .modelopt.table import METHOD_NAMES
@@ -66,7 +66,7 @@ class QuantMethod:
 _METHODS: tuple[QuantMethod, ...] = (
     QuantMethod(
         FP8,
-        OF_FP8,
+        (*OF_FP8, *OTHER_SPELLINGS),
         read_fp8,
         has_plain_head=True,
         source_problems=unread_mixes,

@@ -118,12 +118,13 @@ def detect(
     layers = {group.layer for group in containers}
     stacks = frozenset(map(stack_of, layers))
     routed = {(found.num_experts, found.hidden) for found in experts}
-    warnings = check_layers(tensors, layers, routed, num_layers, problems)
+    check_layers(tensors, layers, routed, num_layers, problems)
     problems.check()
     model_type = model_type_of(config)
+    warnings: tuple[str, ...] = ()
     if not model_type and family.model_types[0]:
         model_type = family.model_types[0]
-        warnings += (
+        warnings = (
             f"config.json names no model_type, which runtimes ask for: that of its text model, "
             f"{show(model_type)}, tells how experts are stored",
         )

@@ -131,6 +131,7 @@ class Family:
     ``prefixes``: the same for the beginnings of whole names.
     ``not_restorable``: parts of names that only transformers 5 writes and this table cannot
         turn back; a checkpoint that has them is refused.
+    ``uneven``: parts of names that some layers have and others, otherwise like them, have not.
     ``built_as``: routers that runtimes build under names that no tensor has, below the layer.
     ``runtimes``: which have the model and read the split form, for all of the model types.
     ``in_tensorrt_llm``: the model types whose classes TensorRT-LLM has (_torch/models/
@@ -157,6 +158,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     prefixes: tuple[tuple[str, str], ...] = ()
     not_restorable: tuple[str, ...] = ()
+    uneven: tuple[str, ...] = ()
     built_as: tuple[str, ...] = ()
     runtimes: tuple[str, ...] = (VLLM, SGLANG, TRANSFORMERS)
     in_tensorrt_llm: tuple[str, ...] = ()

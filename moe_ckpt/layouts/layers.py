@@ -63,22 +63,19 @@ def check_layers(
     routers: Set[tuple[int, int]],
     num_layers: int | None,
     problems: Problems,
-) -> tuple[str, ...]:
-    """Layers that config.json and the tensors do not agree on.
+) -> None:
+    """Report layers that config.json and the tensors do not agree on.
 
-    Refused are a layer with a router (of shape [E, H]) and no experts, and ordinary layers beyond
-    the last one of config.json. Missing layers are a warning: families count them in different
-    ways.
+    They are a layer with a router (of shape [E, H]) and no experts, and ordinary layers beyond the
+    last one of config.json. What is missing is said in `what_is_missing`.
     """
     stacks = set(map(stack_of, with_experts))
-    present: dict[str, set[int]] = defaultdict(set)
     beyond: dict[str, bool] = {}
     for name, info in tensors.items():
         match = re.match(r"((.+?)\.([0-9]{1,9}))\.(.+)", name)
         if match is None or match[2] not in stacks:
             continue
         layer, number = match[1], int(match[3])
-        present[match[2]].add(number)
         if num_layers is not None and number >= num_layers:
             beyond[layer] = beyond.get(layer, False) or bool(_MTP_ONLY.search(match[4]))
         elif (
@@ -96,9 +93,3 @@ def check_layers(
             f"{show_some(ordinary)}: config.json says num_hidden_layers={num_layers}, and these do "
             "not look like multi-token prediction (eh_proj, enorm, hnorm)",
         )
-    return tuple(
-        f"{show(stack)}: {len(missing)} of {num_layers} layers are not in the checkpoint: "
-        f"{show_some(missing)}"
-        for stack, numbers in present.items()
-        if (missing := [n for n in range(min(num_layers or 0, 10_000)) if n not in numbers])
-    )

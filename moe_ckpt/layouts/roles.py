@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
-__all__ = ["Aside", "amax_groups", "is_matrix", "module_of", "reason_to_keep", "set_aside"]
-__all__ += ["have_one_scale"]
+__all__ = ["Aside", "amax_groups", "have_one_scale", "is_matrix", "is_multi_token", "module_of"]
+__all__ += ["reason_to_keep", "set_aside"]
 
 _LAYER = re.compile(r"(.+?)\.([0-9]{1,9})\.")
 
@@ -111,6 +111,15 @@ def set_aside(name: str, stacks: Set[str], num_layers: int | None) -> Aside | No
     if layer and num_layers is not None and layer[1] in stacks and int(layer[2]) >= num_layers:
         return Aside(f"{layer[1]}.{layer[2]}", _MTP)
     return None
+
+
+def is_multi_token(name: str) -> bool:
+    """Whether a name, whatever its layer, is of multi-token prediction.
+
+    >>> is_multi_token("model.mtp.layers.0.enorm.weight"), is_multi_token("model.layers.61.enorm")
+    (True, False)
+    """
+    return any(_SET_ASIDE.get(component) == _MTP for component in name.split("."))
 
 
 def reason_to_keep(module: str) -> str | None:

@@ -10,7 +10,8 @@ from typing import Any
 from ..errors import LayoutError
 from ..source.strict_json import show_value
 
-__all__ = ["Sizes", "listed", "model_type_of", "num_hidden_layers", "sizes_of"]
+__all__ = ["Sizes", "announced_mtp", "levels_of", "listed", "model_type_of", "num_hidden_layers"]
+__all__ += ["num_stacked_layers", "sizes_of"]
 
 _SIZE_CAP = 2**31
 _LIST_CAP = 10_000
@@ -22,8 +23,18 @@ EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 INTERMEDIATE_KEYS = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size")
 # The experts' width only where none of the above is named; else that of dense layers.
 DENSE_KEYS = ("intermediate_size",)
-HIDDEN_KEYS = ("hidden_size", "d_model", "moe_latent_size", "moe_hidden_size")
+HIDDEN_KEYS = (
+    *("hidden_size", "d_model", "moe_latent_size", "moe_hidden_size"),
+    "routed_expert_hidden_size",
+)
 LAYERS_KEYS = ("num_hidden_layers", "n_layers")
+# Some count the halves of a layer as num_hidden_layers (longcat_flash), or list layers only.
+FEWER_LAYERS_KEYS = ("num_layers",)
+LISTED_LAYERS_KEYS = ("layers_block_type",)
+MTP_KEYS = (
+    *("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules"),
+    *("mtp_num_layers", "n_mtp_layers"),
+)
 
 # Parts of a model that are not the text model with the experts.
 _OTHER_SUBTREES = (
@@ -136,6 +147,35 @@ def num_hidden_layers(config: Mapping[str, Any]) -> int | None:
     if unusable:
         raise LayoutError(f"{unusable[0]}; expected a number of layers")
     return None
+
+
+def num_stacked_layers(config: Mapping[str, Any]) -> int | None:
+    """The same as numbers of layers in names go: some count the halves of a layer, or list them.
+
+    Raises:
+        LayoutError: the config says something that is no number of layers.
+    """
+    said = num_hidden_layers(config)
+    levels = [level for _, level in levels_of(config)]
+    if said is None:
+        listed = [level[key] for level in levels for key in LISTED_LAYERS_KEYS if key in level]
+        return next((len(value) for value in listed if isinstance(value, list) and value), None)
+    fewer = [n for level in levels for key in FEWER_LAYERS_KEYS for n in _integers(level.get(key))]
+    return min([said, *fewer])
+
+
+def announced_mtp(config: Mapping[str, Any]) -> tuple[str, int]:
+    """The key that announces layers for multi-token prediction, and how many; ('', 0) if none."""
+    for path, level in levels_of(config):
+        for key in MTP_KEYS:
+            if type(level.get(key)) is int and level[key] > 0:
+                return path + key, level[key]
+    return "", 0
+
+
+def levels_of(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The config and what in it speaks of the text model, each with the path to it."""
+    return list(_levels(config, ""))
 
 
 def _levels(config: Mapping[str, Any], path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

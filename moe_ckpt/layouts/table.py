@@ -77,7 +77,8 @@ FAMILIES: tuple[Family, ...] = (
         split="ffn.experts",
         projections=W1_W3_W2,
         not_restorable=(".mlp.", ".self_attn."),
-        instead="runtimes read its NVFP4 experts only beside attention in FP8 blocks",
+        instead="runtimes read its experts as released, in FP4 of DeepSeek, and in NVFP4 only "
+        "beside attention in FP8 blocks",
         runtimes=(),
     ),
     Family(
@@ -179,6 +180,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="mimo_v2",
         model_types=("mimo_v2", "mimo_v2_flash"),
+        uneven=("sink",),  # of layers with a window only
         renames=(("self_attn.sinks", "self_attn.attention_sink_bias"),),
     ),
     Family(
@@ -242,6 +244,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="axk1",
         model_types=("axk1",),
+        uneven=("post_mlp_layernorm",),
         renames=(("mlp.post_mlp_layernorm.", "post_mlp_layernorm."),),
         runtimes=(VLLM, TRANSFORMERS),
     ),
@@ -444,6 +447,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("gemma4", "gemma4_text"),
         roots=("model.language_model.", "model."),
         in_tensorrt_llm=("gemma4", "gemma4_text"),
+        uneven=("self_attn.v_proj.",),  # those whose values are their keys
         split="experts",
         forms=(Form("fused", "experts", GATE_UP_PROJ),),
         runtimes=SERVERS,
@@ -451,6 +455,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="diffusion_gemma",
         model_types=("diffusion_gemma",),
+        uneven=("self_attn.v_proj.",),  # those whose values are their keys
         roots=("model.decoder.", "model.encoder.language_model."),
         split="experts",
         forms=(Form("fused", "experts", GATE_UP_PROJ),),
@@ -527,6 +532,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="zaya",
         model_types=("zaya",),
+        uneven=("gate.router_states_scale",),
         instead="SGLang reads a linear_fc1 and a linear_fc2 for each expert, unquantized",
         runtimes=(),
     ),
@@ -550,6 +556,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="inkling2",
         model_types=("inkling2", "inkling2_loop"),
+        uneven=("attention_input", "controllers", "message_gate"),
         roots=("model.llm.",),
         forms=(Form("fused", "mlp.experts", ("w13_weight", "w2_weight"), order=INTERLEAVED),),
         not_restorable=("model.language_model.",),

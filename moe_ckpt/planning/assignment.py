@@ -16,6 +16,7 @@ from ..errors import LayoutError, Problems
 from ..formats import UNQUANTIZED, find_format
 from ..layouts import Detection, Experts
 from ..layouts.roles import module_of
+from ..source.stored import Encoded
 from ..source.weights import Weights
 from .choice import Choice, format_of_experts
 from .recipe import KEEP, Recipe
@@ -34,12 +35,14 @@ class Assigned:
 
     ``experts``: the format of each group of routed experts, in the order of the detection.
     ``stays``: source tensor that stays and is quantized in the source -> its format.
+    ``kept_dtypes``: format and role -> the dtype that it keeps from the source.
     """
 
     experts: tuple[str, ...]
     stays: Mapping[str, str]
     assignment: Assignment
     files: Mapping[str, str]
+    kept_dtypes: Mapping[tuple[str, str], str]
 
 
 def assign(
@@ -101,9 +104,13 @@ def assign(
         mixed = tuple(name for name in formats if name != UNQUANTIZED)
         if in_form and len(mixed) > 1 and dialect.refused_mix(mixed):
             raise LayoutError(dialect.refused_mix(mixed))
-        assignment = _assignment(detection, choice, chosen, stays, kv_cache=kv_cache)
+        stored = _stored_as(weights, detection, choice, chosen, stays)
+        moved = {name for name, of in stored.items() if {e.format for e in of} == {name}}
+        assignment = _assignment(
+            detection, choice, chosen, stays, kv_cache=kv_cache, moved=frozenset(moved)
+        )
         files = dialect.config_files(config, assignment)
-        return Assigned(chosen, stays, assignment, files)
+        return Assigned(chosen, stays, assignment, files, _kept_dtypes(stored, dialect))
 
     try:
         return attempt(in_form=True)
@@ -125,6 +132,7 @@ def _assignment(
     stays: Mapping[str, str],
     *,
     kv_cache: bool,
+    moved: frozenset[str],
 ) -> Assignment:
     experts: dict[str, list[QuantizedExperts]] = {}
     linears: dict[str, list[str]] = {}
@@ -169,7 +177,41 @@ def _assignment(
         kept=kept,
         set_aside=aside,
         kv_cache=kv_cache,
+        moved=moved,
     )
+
+
+def _stored_as(
+    weights: Weights,
+    detection: Detection,
+    choice: Choice,
+    experts: Sequence[str],
+    stays: Mapping[str, str],
+) -> dict[str, set[Encoded]]:
+    """Format of the output -> how the source stores what becomes that, for all its matrices."""
+    found: dict[str, set[Encoded]] = {}
+    for group, name in zip(detection.experts, experts, strict=True):
+        stored = {weights.encoded(tensor) for side in group.sides for tensor in side.tensors}
+        found.setdefault(name, set()).update(stored)
+    for modules, name in choice.linears:
+        found.setdefault(name, set()).update(weights.encoded(f"{m}.weight") for m in modules)
+    for tensor, name in stays.items():
+        found.setdefault(name, set()).add(weights.encoded(tensor))
+    return found
+
+
+def _kept_dtypes(
+    stored: Mapping[str, set[Encoded]], dialect: Dialect
+) -> dict[tuple[str, str], str]:
+    """Format and role -> the dtype that all of the source's have, and that the dialect keeps."""
+    found = {}
+    for name, encodings in stored.items():
+        for role, kept in dialect.spellings[name].kept_dtypes.items():
+            dtypes = {part.dtype for of in encodings for part in of.parts if part.role == role}
+            is_moved = all(of.format == name for of in encodings)
+            if is_moved and len(dtypes) == 1 and dtypes <= {*kept}:
+                found[name, role] = dtypes.pop()
+    return found
 
 
 def built_as(detection: Detection) -> list[str]:

@@ -13,13 +13,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
-from typing import Unpack
+from typing import Any, Unpack
 
 from ..dialects import Dialect, dialect_for
+from ..dialects.config import CONFIG, said_of
 from ..errors import LayoutError, Problems, RecipeError, UsageError, show, show_some
 from ..formats import UNQUANTIZED, find_format
 from ..layouts import Detection, Given, detect
 from ..layouts.config_keys import complete_config
+from ..layouts.missing import PARTIAL, Lack, what_is_missing
+from ..layouts.strays import with_mtp_shards
 from ..layouts.unwrapping import Changes, unwrap, without_wrappers
 from ..limits import parse_size
 from ..loaders.judge import verdicts_on
@@ -70,7 +73,7 @@ def make_plan(in_dir: str | os.PathLike[str], **options: Unpack[PlanOptions]) ->
     asked = Options(**options)
     recipe = asked.read_recipe()
     dialect = dialect_for(recipe.formats, asked.dialect)
-    unwrapped = unwrap(open_source(in_dir))
+    unwrapped = unwrap(with_mtp_shards(open_source(in_dir)))
     source = unwrapped.source
     weights = weights_of(source)
     _refuse_without_stats(recipe, weights, asked.stats_files)
@@ -82,10 +85,27 @@ def make_plan(in_dir: str | os.PathLike[str], **options: Unpack[PlanOptions]) ->
     amax = problems.catch(lambda: read_amax(asked.weight_amax, source) if asked.weight_amax else {})
     problems.check()
     assert detection is not None
+    lacks = _refuse_incomplete(weights, detection, source.config, problems)
+    problems.check()
     assert amax is not None
     form = form_of_experts(detection, asked.experts, recipe.formats, dialect)
-    planner = _Planner(source, weights, detection, recipe, dialect, form, asked, unwrapped.changes)
+    changes = unwrapped.changes
+    planner = _Planner(source, weights, detection, recipe, dialect, form, asked, changes, lacks)
     return planner.plan(stats, amax)
+
+
+def _refuse_incomplete(
+    weights: Weights, detection: Detection, config: Mapping[str, Any], problems: Problems
+) -> list[Lack]:
+    """Report what the model lacks; what people leave out on purpose is returned."""
+    lacks = what_is_missing(weights.tensors, config, detection.family, detection.stacks)
+    for lack in lacks:
+        if not lack.may_be_meant:
+            problems.add(
+                LayoutError,
+                f"{lack}; download the checkpoint again, or let config.json say what is there",
+            )
+    return [lack for lack in lacks if lack.may_be_meant]
 
 
 def _refuse_without_stats(recipe: Recipe, weights: Weights, stats_files: Sequence[str]) -> None:
@@ -114,8 +134,10 @@ class _Planner:
         form: str,
         asked: Options,
         changes: Changes,
+        lacks: Sequence[Lack],
     ) -> None:
         self.form = form
+        self.lacks = lacks
         self.asked = asked
         self.changes = changes
         self.source = source
@@ -163,6 +185,7 @@ class _Planner:
             weight_amax,
             problems,
             may_requantize=self.asked.allow_requantize,
+            kept_dtypes=assigned.kept_dtypes,
         )
         units = self._units(make, choice, assigned)
         if kv_cache:
@@ -201,11 +224,15 @@ class _Planner:
             notes=self._notes(calibration, assigned, formats),
             warnings_by_kind={
                 "files": (
+                    *self._strays(),
                     *source.warnings,
                     *self.weights.warnings,
                     *self.completed.warnings,
                 ),
-                "layers": detection.warnings,
+                "layers": (
+                    *detection.warnings,
+                    *(str(lack) for lack in self.lacks if lack.kind != PARTIAL),
+                ),
                 "runtimes": runtime_warnings(
                     detection, self.form, self.dialect, runtimes, tuple(formats), make.part_blocks
                 ),
@@ -309,11 +336,18 @@ class _Planner:
                 f"{len(decoded)} weights that are not asked for are decoded to bf16, for "
                 f"{self.dialect.name} cannot say what they are: {show_some(decoded)}"
             )
+        said = said_of(self.source.config, "scale_fmt")
+        if said and "scale_fmt" not in assigned.files[CONFIG] and formats.keys() != {UNQUANTIZED}:
+            notes.append(
+                f"scale_fmt {show(said)} of the source is left out: it is true of the source's own "
+                "scales only"
+            )
         if self.weights.kv_cache and not self.dialect.kv_scales:
             notes.append(
                 f"dialect {self.dialect.name} has no FP8 KV cache: the source's scheme and its "
                 "scales are left out"
             )
+        notes += [str(lack) for lack in self.lacks if lack.kind == PARTIAL]
         return tuple(notes)
 
     @property
@@ -333,6 +367,10 @@ class _Planner:
                 "activations are; statistics of your data (convert --stats) are more accurate",
             )
         return calibration.warnings(self.weights.tensors) if calibration else ()
+
+    def _strays(self) -> Iterator[str]:
+        if self.source.strays:
+            yield f"left out, the index does not name it: {show_some(self.source.strays)}"
 
     def _refuse_collisions(self, shards: Sequence[OutShard]) -> None:
         names = [tensor.name for shard in shards for tensor in shard.tensors]

@@ -29,8 +29,8 @@ _BIAS = "bias of routed experts"
 class UnitMaker:
     """Makes units; problems are collected, not raised.
 
-    ``weight_amax`` is the largest magnitude of output modules, from a scan. ``part_blocks``
-    collects linear layers that end in a part of a block.
+    ``weight_amax`` is the largest magnitude of output modules, from a scan. ``kept_dtypes``: as in
+    `Assigned`. ``part_blocks`` collects linear layers that end in a part of a block.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class UnitMaker:
         problems: Problems,
         *,
         may_requantize: bool,
+        kept_dtypes: Mapping[tuple[str, str], str],
     ) -> None:
         self._weights = weights
         self._detection = detection
@@ -51,6 +52,7 @@ class UnitMaker:
         self._weight_amax = weight_amax
         self._problems = problems
         self._may_requantize = may_requantize
+        self._kept_dtypes = kept_dtypes
         self.part_blocks: list[str] = []
 
     def of_experts(self, found: Experts, target: QuantFormat) -> list[CopyUnit | QuantUnit]:
@@ -175,10 +177,27 @@ class UnitMaker:
             place=place,
             outputs=outputs,
             format=target.name,
-            parts=_parts(encoded, target) if recoded else target.parts,
+            parts=self._parts(encoded, target) if recoded else target.parts,
             inverse=tuple(sorted(self._dialect.spellings[target.name].inverse)),
             input_amax=input_amax,
             is_recoded=recoded,
+        )
+
+    def _parts(self, encoded: Encoded, target: QuantFormat) -> tuple[Part, ...]:
+        """The parts of a recoded matrix: in the dtypes of the source where they lose by others.
+
+        Weights keep their dtype; so do the scales of integers, which are those of the model, and
+        what the dialect keeps.
+        """
+        stored = {part.role: part.dtype for part in encoded.parts}
+
+        def keeps(role: str) -> bool:
+            kept = self._kept_dtypes.get((target.name, role))
+            return role == target.keeps_dtype_of or (kept is not None and kept == stored[role])
+
+        return tuple(
+            replace(part, dtype=stored[part.role]) if keeps(part.role) else part
+            for part in target.parts
         )
 
     def _check_sizes(self, found: Experts, side: Side, target: QuantFormat) -> None:
@@ -207,18 +226,6 @@ class UnitMaker:
             f"{show(what)}: has {rows}{k} columns, {target.name} needs a multiple of "
             f"{target.k_multiple}; use {formats_that_fit(shapes)}",
         )
-
-
-def _parts(encoded: Encoded, target: QuantFormat) -> tuple[Part, ...]:
-    """The parts of a recoded matrix: in the dtypes of the source where they would lose by others.
-
-    Weights keep their dtype; so do the scales of integers, which are those of the model.
-    """
-    stored = {part.role: part.dtype for part in encoded.parts}
-    return tuple(
-        replace(part, dtype=stored[part.role]) if part.role == target.keeps_dtype_of else part
-        for part in target.parts
-    )
 
 
 def share_amax(modules: Sequence[str], target: QuantFormat) -> bool:

@@ -15,7 +15,7 @@ from ..plan import Plan
 from ..runtimes import TRANSFORMERS
 from ..words import count_of
 from ..work.batches import peak_nbytes
-from .text import size, table
+from .text import left_out_lines, size, table
 
 __all__ = ["plan_document", "plan_lines"]
 
@@ -136,8 +136,7 @@ def plan_lines(plan: Plan, limits: Limits | None = None) -> Iterator[str]:
             f"Stats     {plan.stats_covered:,} of {plan.quantized_matrices:,} quantized matrices "
             "have an activation amax"
         )
-    if plan.left_out:
-        yield f"Left out  {_list(plan.left_out[:5])}" + (" ..." if len(plan.left_out) > 5 else "")
+    yield from left_out_lines(plan.left_out)
 
 
 def _stored(experts: Experts) -> str:

@@ -10,7 +10,7 @@ from ..limits import Limits
 from ..result import Result
 from ..words import count_of, counted
 from .plan_report import plan_document
-from .text import size
+from .text import left_out_lines, size
 
 __all__ = ["result_document", "result_lines"]
 
@@ -33,6 +33,7 @@ def result_lines(result: Result) -> Iterator[str]:
     plan = result.plan
     if result.was_complete:
         yield f"already complete: {show(result.out_dir)}"
+        yield from left_out_lines(plan.left_out)
         return
     copied = sum(count for count, _ in plan.kept.values())
     made = ", ".join(f"{count_of(n, 'matrix')} {name}" for name, n in plan.formats.items())
@@ -53,4 +54,5 @@ def result_lines(result: Result) -> Iterator[str]:
         )
     if result.verified:
         yield f"verified: {', '.join(counted(result.verified))}"
+    yield from left_out_lines(plan.left_out)
     yield f"written to {show(result.out_dir)}"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["size", "table"]
+from ..errors import show_some
+
+__all__ = ["left_out_lines", "size", "table"]
+
+_SHOWN = 5
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
@@ -15,6 +19,16 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[st
         yield "  ".join(
             cell.ljust(width) for cell, width in zip(line, widths, strict=True)
         ).rstrip()
+
+
+def left_out_lines(names: Sequence[str]) -> Iterator[str]:
+    """Files and folders of the source that are not copied, in one line; none if there are none.
+
+    >>> list(left_out_lines(["original/", "pytorch_model.bin"]))
+    ['Left out  original/, pytorch_model.bin']
+    """
+    if names:
+        yield f"Left out  {show_some(names, _SHOWN)}"
 
 
 def size(nbytes: float) -> str:

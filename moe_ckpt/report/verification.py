@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 from typing import Any
 
 from ..errors import show
 from ..verify.findings import ERROR, GRADES, UNCHECKED, WARNING, Findings, by_effect
 from ..words import count_of, counted
+from .text import left_out_lines
 
 __all__ = ["document", "lines", "outcome"]
 
@@ -36,10 +38,11 @@ def document(findings: Findings) -> dict[str, Any]:
         ],
         "counts": dict(findings.counts),
         "differences": [
-            found._asdict() | {"snr_db": found.snr_db if found.snr_db < float("inf") else None}
+            found._asdict() | {"snr_db": found.snr_db if found.snr_db < inf else None}
             for found in findings.differences
         ],
         "skipped": dict(findings.skipped),
+        "left_out": list(findings.left_out),
     }
 
 
@@ -87,6 +90,7 @@ def lines(findings: Findings, *, quiet: bool = False) -> Iterator[str]:
     if findings.counts:
         yield f"Checked   {', '.join(counted(findings.counts))}"
     yield from _difference_lines(findings)
+    yield from left_out_lines(findings.left_out)
     for part, why in findings.skipped.items():
         yield f"Not done  {part}: {why}"
 
@@ -97,11 +101,16 @@ def _difference_lines(findings: Findings) -> Iterator[str]:
     for found in findings.differences:
         by_format.setdefault(found.format, []).append(found.snr_db)
     for name, snr in by_format.items():
-        mean = sum(snr) / len(snr)
-        yield (
-            f"Distance  {name}: {count_of(len(snr), 'module')}, {mean:.1f} dB on average, "
-            f"{min(snr):.1f} dB at least"
-        )
-    worst = sorted(findings.differences, key=lambda found: found.snr_db)
+        exact = sum(value == inf for value in snr)
+        rounded = [value for value in snr if value < inf]
+        said = [count_of(len(snr), "module")]
+        if rounded:
+            mean = sum(rounded) / len(rounded)
+            said += [f"{mean:.1f} dB on average", f"{min(rounded):.1f} dB at least"]
+        if exact:
+            said.append(f"{exact:,} of them exactly" if rounded else "exactly the source")
+        yield f"Distance  {name}: {', '.join(said)}"
+    inexact = [found for found in findings.differences if found.snr_db < inf]
+    worst = sorted(inexact, key=lambda found: found.snr_db)
     for found in worst[:_SHOWN_DIFFERENCES] if len(worst) > 1 else ():
         yield f"  {found.snr_db:6.1f} dB  {show(found.module)}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,11 @@ from ..dialects.config import CONFIG, HF_QUANT_CONFIG
 from ..errors import CheckpointError, Problems, show, show_some
 from .files import changed, open_planned, open_regular, read_failure, read_regular
 from .headers import Shard, TensorInfo, read_header
+from .nested import nested_checkpoints
 from .strict_json import parse_object, show_value, type_name
 
-__all__ = ["SideFile", "Source", "is_safe_shard_name", "open_side_file", "open_source"]
-__all__ += ["pieces_of", "shards_in"]
+__all__ = ["SideFile", "Source", "is_safe_shard_name", "missing_of", "open_side_file"]
+__all__ += ["open_source", "pieces_of", "shards_in"]
 
 # What runtimes look for in a folder, in the source and in the output alike.
 INDEX = "model.safetensors.index.json"
@@ -46,6 +47,8 @@ _OTHER_WEIGHTS = (
 _SKIPPED_FOLDERS = {".cache", ".git", ".moe-ckpt", "original"}
 _REWRITTEN = {CONFIG, INDEX, HF_QUANT_CONFIG, RECIPE_FILE}
 
+_NUMBERED = re.compile(r"(.+-)([0-9]{1,6})(-of-)([0-9]{1,6})(\.safetensors)")
+
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
@@ -62,7 +65,11 @@ class SideFile:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint whose headers, index and config agree with each other."""
+    """A checkpoint whose headers, index and config agree with each other.
+
+    ``strays``: shards beside those of the index, which it does not name. They are among
+    ``left_out``, which names files and, with a ``/`` at the end, folders that are not copied.
+    """
 
     root: Path
     config: Mapping[str, Any]
@@ -71,6 +78,7 @@ class Source:
     side_files: tuple[SideFile, ...]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
+    strays: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -104,12 +112,13 @@ def _open_source(root: Path) -> Source:
         CheckpointError,
         constants=True,  # transformers writes Infinity, e.g. for time_step_limit
     )
-    weight_map, warnings = _find_shards(root)
+    weight_map, strays = _find_shards(root)
     problems = Problems()
     shards: dict[str, Shard] = {}
     tensors: dict[str, TensorInfo] = {}
+    stale: dict[str, TensorInfo] = {}
     present = shards_in(root)
-    for name in sorted(set(weight_map.values())) if weight_map else [_only_shard(root)]:
+    for name in sorted(set(weight_map.values())) if weight_map else _without_index(root):
         if name not in present:
             problems.add(
                 CheckpointError, f"{name}: shard is missing; download the checkpoint again"
@@ -120,16 +129,14 @@ def _open_source(root: Path) -> Source:
             continue
         shards[name], found = read
         for info in found:
+            if weight_map.get(info.name, name) != name:
+                stale[info.name] = info
+                continue
             if info.name in tensors:
-                problems.add(
-                    CheckpointError,
-                    f"{show(info.name)}: is in two shards, {tensors[info.name].shard} and {name}; "
-                    "download both again, with their index",
-                )
+                problems.add(CheckpointError, _in_two_shards(tensors[info.name], info, weight_map))
             tensors[info.name] = info
     problems.check()
-    if weight_map:
-        warnings += _compare_with_index(weight_map, tensors)
+    warnings = _compare_with_index(weight_map, tensors, stale) if weight_map else []
     side_files, left_out, more = _side_files(root, set(shards))
     return Source(
         root=root,
@@ -139,6 +146,7 @@ def _open_source(root: Path) -> Source:
         side_files=tuple(side_files),
         left_out=tuple(left_out),
         warnings=(*warnings, *more),
+        strays=tuple(strays),
     )
 
 
@@ -159,7 +167,7 @@ def _refuse_adapter(root: Path) -> None:
 
 
 def _find_shards(root: Path) -> tuple[dict[str, str], list[str]]:
-    """The weight_map of the index ({} if there is none), and warnings about other shards."""
+    """The weight_map of the index ({} if there is none), and the shards that it does not name."""
     if not os.path.lexists(root / INDEX):
         return {}, []
     index = parse_object(
@@ -188,9 +196,7 @@ def _find_shards(root: Path) -> tuple[dict[str, str], list[str]]:
             f"{SINGLE}: stands beside {INDEX}, which does not name it; runtimes disagree on which "
             "to read. Remove the stale one"
         )
-    if strays:
-        return weight_map, [f"left out, the index does not name it: {show_some(sorted(strays))}"]
-    return weight_map, []
+    return weight_map, sorted(strays)
 
 
 def is_safe_shard_name(name: str) -> bool:
@@ -209,15 +215,34 @@ def shards_in(root: Path) -> set[str]:
     return {entry.name for entry in os.scandir(root) if entry.name.endswith(".safetensors")}
 
 
-def _only_shard(root: Path) -> str:
+def missing_of(names: Iterable[str]) -> list[str]:
+    """The shards that must be there by the ``-of-N`` in the names of others, and are not.
+
+    >>> missing_of(["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"])
+    ['model-00002-of-00003.safetensors']
+    """
+    there = set(names)
+    counted: dict[tuple[str, ...], str] = {}
+    for match in filter(None, map(_NUMBERED.fullmatch, sorted(there))):
+        counted.setdefault((match[1], match[3], match[4], match[5]), match[2])
+    return [
+        name
+        for (stem, of, count, ending), number in counted.items()
+        for n in range(1, int(count) + 1)
+        if (name := f"{stem}{n:0{len(number)}d}{of}{count}{ending}") not in there
+    ]
+
+
+def _without_index(root: Path) -> list[str]:
+    """The shards of a folder without an index: all, as vLLM and SGLang read them."""
     shards = sorted(name for name in shards_in(root) if not _is_other_index(name))
-    if len(shards) == 1:
-        return shards[0]
-    if shards:
+    if missing := missing_of(shards):
         raise CheckpointError(
-            f"{INDEX}: is missing, and the folder holds {len(shards)} .safetensors files "
-            f"({show_some(shards)}); download the index"
+            f"{show_some(missing)}: shard is missing, for others are named as of so many; "
+            "download it"
         )
+    if shards:
+        return shards
     others = sorted(
         e.name for e in os.scandir(root) if Path(e.name).suffix in {".bin", ".pt", ".pth", ".gguf"}
     )
@@ -228,25 +253,49 @@ def _only_shard(root: Path) -> str:
     )
 
 
-def _compare_with_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> list[str]:
+def _in_two_shards(one: TensorInfo, other: TensorInfo, weight_map: Mapping[str, str]) -> str:
+    """Why a tensor is refused of which no index says which shard counts."""
+    if weight_map:
+        what = f"{INDEX} names neither; name the one that counts there"
+    else:
+        what = (
+            f'there is no {INDEX} to say which counts; write one, with "weight_map", tensor -> '
+            "shard, or move the shard that does not belong here to another folder"
+        )
+    return f"{show(one.name)}: is in two shards, {one.shard} and {other.shard}, and {what}"
+
+
+def _compare_with_index(
+    weight_map: Mapping[str, str],
+    tensors: Mapping[str, TensorInfo],
+    stale: Mapping[str, TensorInfo],
+) -> list[str]:
+    """What to warn of; ``stale`` are tensors in another shard than the index names."""
     problems = Problems()
     for name, shard in weight_map.items():
-        info = tensors.get(name)
-        if info is None:
+        if name in tensors:
+            continue
+        if name in stale:
+            problems.add(
+                CheckpointError,
+                f"{INDEX}: {show(name)}: is in {stale[name].shard}, not in {shard}; download the "
+                "index and both again",
+            )
+        else:
             problems.add(
                 CheckpointError, f"{INDEX}: {show(name)}: is not in {shard}; download it again"
             )
-        elif info.shard != shard:
-            problems.add(
-                CheckpointError,
-                f"{INDEX}: {show(name)}: is in {info.shard}, not in {shard}; download the index "
-                "and both again",
-            )
     problems.check()
+    warnings = []
+    if stale:
+        copies = [f"{name} in {info.shard}" for name, info in stale.items()]
+        warnings.append(
+            f"left out, for the index names another shard that has it: {show_some(copies)}"
+        )
     unlisted = [name for name in tensors if name not in weight_map]
-    if not unlisted:
-        return []
-    return [f"carried over, though the index does not name it: {show_some(unlisted)}"]
+    if unlisted:
+        warnings.append(f"carried over, though the index does not name it: {show_some(unlisted)}")
+    return warnings
 
 
 def _side_files(root: Path, shards: set[str]) -> tuple[list[SideFile], list[str], list[str]]:
@@ -254,11 +303,14 @@ def _side_files(root: Path, shards: set[str]) -> tuple[list[SideFile], list[str]
     files: list[SideFile] = []
     left_out = ["original/"] if (root / "original").is_dir() else []
     warnings: list[str] = []
-    for path in sorted(_walk(root)):
-        name = path.relative_to(root).as_posix()
+    paths = {path.relative_to(root).as_posix(): path for path in sorted(_walk(root))}
+    nested = dict(nested_checkpoints(paths, _OTHER_WEIGHTS[:-1]))
+    for name, path in paths.items():
         if name in shards or name in _REWRITTEN:
             continue
-        if path.suffix in _OTHER_WEIGHTS or _is_other_index(path.name) or name == ADAPTER_CONFIG:
+        folder = next((folder for folder in nested if name.startswith(f"{folder}/")), "")
+        is_weights = path.suffix in _OTHER_WEIGHTS or _is_other_index(path.name)
+        if (is_weights and not folder) or name == ADAPTER_CONFIG:
             left_out.append(name)
             continue
         if _leads_out(root, path):
@@ -269,7 +321,11 @@ def _side_files(root: Path, shards: set[str]) -> tuple[list[SideFile], list[str]
             fd, status = open_regular(path, CheckpointError)
             os.close(fd)
             files.append(SideFile(name, path, status.st_size, status.st_mtime_ns))
-    return files, left_out, warnings
+            continue
+        nested[folder] = False
+    halves = [f"{folder}/" for folder, is_whole in nested.items() if folder and not is_whole]
+    files = [file for file in files if not file.name.startswith((*halves,))]
+    return files, left_out + halves, warnings
 
 
 def open_side_file(root: Path, file: SideFile) -> int:

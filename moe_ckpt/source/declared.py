@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from ..dialects.config import HF_QUANT_CONFIG
-from ..dialects.dialect import COMPRESSED_TENSORS, MODELOPT
+from ..dialects.config import EXPERT_DTYPE, HF_QUANT_CONFIG
+from ..dialects.dialect import COMPRESSED_TENSORS, FP8, MODELOPT
 from ..dialects.fp8.table import BLOCKS
 from ..dialects.methods import METHODS
 from ..dialects.others import OWN_TENSORS, UNREAD_METHODS
@@ -170,6 +170,8 @@ def everything_declared(config: Mapping[str, Any], beside: bytes | None) -> list
         for key, value in level.items():
             if key in _CONFIG_KEYS and value:
                 said = value if isinstance(value, dict) else {"quant_method": value}
+                if EXPERT_DTYPE in level and said.get("quant_method") == FP8:
+                    said = {EXPERT_DTYPE: level[EXPERT_DTYPE]} | said
                 found.append(Declared(f"config.json: {path}{key}", said))
             elif isinstance(value, dict):
                 walk(value, f"{path}{key}.")

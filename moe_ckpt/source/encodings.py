@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..dialects.dialect import Spelling
+from ..dialects.fp8.table import BLOCKS, DEEPSEEK
 from ..dialects.methods import METHODS
 from ..formats import WHOLE_ROW, Part, find_format
 from .headers import TensorInfo
@@ -24,7 +25,9 @@ __all__ = [
     "SCALE_ENDINGS",
     "SHAPE_ENDINGS",
 ]
-__all__ += ["Encoding", "Scale", "input_name_of"]
+__all__ += ["Encoding", "Scale", "input_name_of", "name_beside"]
+
+_TILE = next(size for size, name in BLOCKS.items() if name == DEEPSEEK.format)
 
 # The dtypes in which a scale is found that our format has in one of them.
 _FLOATS = ("F32", "BF16", "F16")
@@ -55,16 +58,16 @@ class Scale:
 class Encoding:
     """One way to store quantized weights.
 
-    ``ending`` is what follows the weight's name in that of its codes, ``columns`` how many
-    weights one item of the codes holds. ``inverse``: roles that hold the reciprocal.
-    ``shape_ending``: the ending of a tensor that holds N and K, '' for none. ``input_name``: what
-    the scale of activations is called in the module.
+    ``ending`` is what follows the weight's name in that of its codes, ``dtypes`` are the codes',
+    ``columns`` is how many weights one of their items holds. ``inverse``: roles that hold the
+    reciprocal. ``shape_ending``: the ending of a tensor that holds N and K, '' for none.
+    ``input_name``: what the scale of activations is called in the module.
     """
 
     name: str
     format: str
     ending: str
-    dtype: str
+    dtypes: tuple[str, ...]
     columns: int
     scales: tuple[Scale, ...]
     inverse: tuple[str, ...] = ()
@@ -82,7 +85,7 @@ class Encoding:
 
     def fits(self, codes: TensorInfo, beside: Mapping[str, TensorInfo]) -> bool:
         """Whether these are such codes and their scales; ``beside`` has those by their endings."""
-        sizes = self.sizes(codes) if codes.dtype == self.dtype else None
+        sizes = self.sizes(codes) if codes.dtype in self.dtypes else None
         if sizes is None:
             return False
         lead, n, k = sizes
@@ -99,8 +102,17 @@ class Encoding:
     def shapes_of(
         self, scale: Scale, lead: tuple[int, ...], n: int, k: int
     ) -> set[tuple[int, ...]]:
-        """The shapes that a scale may have beside weights [*lead, N, K]."""
-        return _alternatives(lead, scale.part(scale.dtypes[0]).shape(n, k))
+        """The shapes that a scale may have beside weights [*lead, N, K].
+
+        Matrices of a stack may share a number. Where ``weight_scale_inv`` could be that of the only
+        block of a matrix, it is.
+        """
+        found = _alternatives(lead, scale.part(scale.dtypes[0]).shape(n, k))
+        if scale.columns:
+            return found
+        if scale.ending == "_scale_inv" and n <= _TILE[0] and k <= _TILE[1]:
+            found.discard((*lead, 1, 1))
+        return found | {(), (1,)}
 
 
 def _alternatives(lead: tuple[int, ...], shape: tuple[int, ...]) -> set[tuple[int, ...]]:
@@ -123,7 +135,7 @@ def _encoding(spelling: Spelling) -> Encoding:
         name=spelling.what,
         format=row.name,
         ending=_ending(spelling.suffixes["qweight"]),
-        dtype=codes.dtype,
+        dtypes=(codes.dtype, *spelling.code_dtypes),
         columns=codes.columns,
         scales=tuple(
             Scale(
@@ -145,11 +157,24 @@ def _encoding(spelling: Spelling) -> Encoding:
 def _ending(suffix: str) -> str:
     """What a suffix of a module adds to the name of its weight, or of a stack of them.
 
-    >>> _ending("weight"), _ending("weight_scale"), _ending("blocks")
-    ('', '_scale', '_blocks')
+    With a dot it is the name of another tensor of the module, see `name_beside`.
+
+    >>> _ending("weight"), _ending("weight_scale"), _ending("blocks"), _ending("scale")
+    ('', '_scale', '_blocks', '.scale')
     """
     rest = suffix.removeprefix("weight")
-    return f"_{rest}" if rest == suffix else rest
+    if rest != suffix:
+        return rest
+    return f"_{suffix}" if suffix in ("blocks", "scales") else f".{suffix}"
+
+
+def name_beside(stem: str, ending: str) -> str:
+    """The tensor with this ending beside a weight.
+
+    >>> name_beside("a.weight", "_scale"), name_beside("a.weight", ".scale")
+    ('a.weight_scale', 'a.scale')
+    """
+    return (stem.removesuffix(".weight") if ending.startswith(".") else stem) + ending
 
 
 def _precedence(encoding: Encoding) -> tuple[int, ...]:
@@ -185,7 +210,7 @@ ENCODINGS: tuple[Encoding, ...] = tuple(
     )
 )
 
-CODE_DTYPES = frozenset(of.dtype for of in ENCODINGS)
+CODE_DTYPES = frozenset(dtype for of in ENCODINGS for dtype in of.dtypes)
 
 # What may lie beside codes, after the name of their weight: what is not needed, ...
 SHAPE_ENDINGS = tuple(dict.fromkeys(of.shape_ending for of in ENCODINGS if of.shape_ending))
@@ -199,14 +224,15 @@ INPUT_NAMES = tuple(
     )
 )
 
-# Tensors with these endings mean nothing without their weight.
+# Tensors with these endings mean nothing without their weight; ".scale" may mean anything, unless
+# its numbers are E8M0.
 SCALE_ENDINGS = (
     *(f"weight{ending}" for ending in (*SHAPE_ENDINGS, *REFUSED_ENDINGS)),
     *dict.fromkeys(
         suffix
         for row in _SPELLINGS
         for suffix in row.suffixes.values()
-        if suffix.startswith("weight_")
+        if suffix.startswith(("weight_", "qscale_weight"))
     ),
     *(f"_proj{ending}" for ending in ("_scale_inv", "_blocks", "_scales")),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..dialects.dialect import COMPRESSED_TENSORS, FP8, MODELOPT
+from ..dialects.fp8.table import DEEPSEEK_FP4
 from ..dialects.methods import METHODS
 
 __all__ = ["name_of_packing"]
@@ -34,7 +35,7 @@ _PACKINGS: tuple[tuple[str, str, str], ...] = (
     (".scale2", "", "NVFP4 of Inkling"),
     ("_scale_inv", "", _what(FP8, "fp8-block")),
     (".scales", "U32", "MLX"),
-    (".scale", "I8", "FP4 of DeepSeek"),
+    (".scale", "I8", DEEPSEEK_FP4.what),
     ("_scale", "F8_E4M3", "FP8"),
     ("", "F8_E4M3", "FP8"),
     ("", "F8_E5M2", "FP8"),

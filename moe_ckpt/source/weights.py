@@ -26,6 +26,7 @@ from .encodings import (
     SCALE_ENDINGS,
     SHAPE_ENDINGS,
     Encoding,
+    name_beside,
 )
 from .headers import TensorInfo
 from .packings import name_of_packing
@@ -57,6 +58,7 @@ class _Kind:
 
     ``scales``: the endings of the tensors beside the codes, one for each other part. ``others``:
     endings of what else belongs to them. ``part_nbytes``: bytes of each part of one matrix.
+    ``steps``: bytes from the part of one matrix to that of the next, 0 if they share it.
     """
 
     name: str
@@ -65,6 +67,7 @@ class _Kind:
     scales: tuple[str, ...]
     others: tuple[str, ...]
     part_nbytes: tuple[int, ...]
+    steps: tuple[int, ...]
 
 
 class _Stored(NamedTuple):
@@ -128,8 +131,10 @@ class Weights:
             matrices = count // (n * k)
         return tuple(
             [
-                Read(tensor.shard, tensor.offset + first * nbytes, matrices * nbytes)
-                for tensor, nbytes in zip(stored.infos, stored.kind.part_nbytes, strict=True)
+                Read(tensor.shard, tensor.offset + first * step, max(matrices * step, nbytes))
+                for tensor, nbytes, step in zip(
+                    stored.infos, stored.kind.part_nbytes, stored.kind.steps, strict=True
+                )
             ]
         )
 
@@ -239,7 +244,7 @@ class _Finder:
         unread: list[tuple[TensorInfo, str]] = []
         twice: list[tuple[str, str]] = []
         for info in tensors.values():
-            stem = _stem(info) if info.dtype in CODE_DTYPES else None
+            stem = _stem(info, tensors) if info.dtype in CODE_DTYPES else None
             if stem is None:
                 continue
             stored = self._find(info, stem)
@@ -255,7 +260,7 @@ class _Finder:
         orphans = [
             name
             for name in tensors
-            if name not in beside and name not in names and name.endswith(SCALE_ENDINGS)
+            if name not in beside and name not in names and _is_scale(tensors[name])
         ]
         kinds = tuple(kind for kind in self._known.values() if kind is not None)
         return Found(found, kinds, beside, tuple(unread), tuple(twice), tuple(orphans))
@@ -265,13 +270,11 @@ class _Finder:
         own = codes.name[len(stem) :]
         beside: dict[str, TensorInfo] = {}
         for ending in _BESIDE[own]:
-            if (info := self._tensors.get(stem + ending)) is not None:
+            if (info := self._tensors.get(name_beside(stem, ending))) is not None:
                 beside[ending] = info
-        if stem.endswith("weight"):
-            module = stem.removesuffix("weight")
-            for ending in INPUT_NAMES:
-                if (info := self._tensors.get(module + ending)) is not None:
-                    beside[ending] = info
+        for ending in INPUT_NAMES:
+            if (info := self._tensors.get(_input_of(stem, ending))) is not None:
+                beside[ending] = info
         looks = [(ending, info.dtype, info.shape) for ending, info in beside.items()]
         key = (own, codes.dtype, codes.shape, *looks)
         try:
@@ -291,20 +294,34 @@ def _seems(tensors: Mapping[str, TensorInfo]) -> str:
     return f"; it seems to be packed as {packing}" if packing else ""
 
 
-def _stem(info: TensorInfo) -> str | None:
+def _input_of(stem: str, name: str) -> str:
+    """The tensor of activations beside a weight, or beside a stack of them."""
+    return stem[:-6] + name if stem.endswith("weight") else f"{stem}_{name}"
+
+
+def _is_scale(info: TensorInfo) -> bool:
+    """Whether a tensor means nothing without its weight."""
+    return info.name.endswith(SCALE_ENDINGS) or (
+        info.dtype == "F8_E8M0" and info.name.endswith(".scale")
+    )
+
+
+def _stem(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str | None:
     """The name of the weight that these could be the codes of; None if they cannot."""
     if len(info.shape) < 2:
         return None
     if info.name.endswith(_CODE_ENDINGS):
         return info.name.rpartition("_")[0]
-    return info.name if _is_weight(info) else None
+    return info.name if _is_weight(info, tensors) else None
 
 
-def _is_weight(info: TensorInfo) -> bool:
+def _is_weight(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether a tensor of codes is a weight by its name, or a stack of experts."""
     if info.name.endswith(".weight") and len(info.shape) == 2:
         return True
-    return len(info.shape) == 3 and info.dtype == "F8_E4M3" and not info.name.endswith("_scale")
+    if len(info.shape) != 3 or info.name.endswith(("_scale", "_scale_inv")):
+        return False
+    return info.dtype == "F8_E4M3" or f"{info.name}_scale_inv" in tensors
 
 
 def _kind_of(codes: TensorInfo, stem: str, beside: Mapping[str, TensorInfo]) -> _Kind | None:
@@ -319,26 +336,33 @@ def _kind_of(codes: TensorInfo, stem: str, beside: Mapping[str, TensorInfo]) -> 
 
 def _kind_in(encoding: Encoding, codes: TensorInfo, beside: Mapping[str, TensorInfo]) -> _Kind:
     """The kind of a weight that is stored in this encoding."""
-    parts = [Part("qweight", codes.dtype, encoding.columns)]
+    parts = [Part("qweight", encoding.dtypes[0], encoding.columns)]
     parts += [scale.part(beside[scale.ending].dtype) for scale in encoding.scales]
     scales = [scale.ending for scale in encoding.scales]
     number_format = encoding.format
     inputs = [ending for ending in INPUT_NAMES if ending in beside]
     first = beside[inputs[0]] if inputs else None
-    is_number = first is not None and first.dtype in FLOATS and prod(first.shape) == 1
+    lead, n, k = encoding.sizes(codes) or ((), 0, 0)
+    counts = (1, prod(lead))
+    is_number = first is not None and first.dtype in FLOATS and prod(first.shape) in counts
     if find_format(number_format).input_scale and first is not None and is_number:
         parts.append(Part("input_scale", first.dtype, 0))
         scales.append(inputs[0])
     else:
         number_format = without_input_scale(number_format)
-    lead, n, k = encoding.sizes(codes) or ((), 0, 0)
+    part_nbytes = tuple(nbytes_of(part.dtype, part.shape(n, k)) for part in parts)
+    stored = [codes, *(beside[ending] for ending in scales)]
     return _Kind(
         name=encoding.name,
         encoded=Encoded(number_format, tuple(parts), encoding.inverse),
         shape=(*lead, n, k),
         scales=tuple(scales),
         others=tuple(ending for ending in (*SHAPE_ENDINGS, *inputs) if ending in beside),
-        part_nbytes=tuple(nbytes_of(part.dtype, part.shape(n, k)) for part in parts),
+        part_nbytes=part_nbytes,
+        steps=tuple(
+            nbytes if info.nbytes == nbytes * prod(lead) else 0
+            for info, nbytes in zip(stored, part_nbytes, strict=True)
+        ),
     )
 
 
@@ -349,8 +373,9 @@ def _why_not(info: TensorInfo, stem: str, tensors: Mapping[str, TensorInfo]) -> 
         if f"{stem}{ending}" in tensors:
             return f"{what} has {ending[1:]}: only symmetric groups in order can be read"
     endings = sorted({s.ending for e in ENCODINGS for s in e.scales} | {"_weight_scale"})
-    beside = [tensors[f"{stem}{e}"] for e in endings if f"{stem}{e}" in tensors]
+    names = {ending: name_beside(stem, ending) for ending in endings}
+    beside = {ending: tensors[name] for ending, name in names.items() if name in tensors}
     if not beside:
         return f"{what} has no scale beside it"
-    found = ", ".join(f"{b.name.removeprefix(stem)} {b.dtype} {list(b.shape)}" for b in beside)
+    found = ", ".join(f"{ending} {b.dtype} {list(b.shape)}" for ending, b in beside.items())
     return f"{what} with {found} is no quantization that this version reads"

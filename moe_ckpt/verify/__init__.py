@@ -42,11 +42,13 @@ def verify(
         EnvironmentFaultError: disk, memory or GPU failed.
     """
     from ..faults import environment_faults
+    from .structure.whole_model import check_whole_model
     from .subject import open_subject
 
     findings = Findings()
     with environment_faults():
         subject = open_subject(out_dir, findings)
+        check_whole_model(subject, findings)
         check_parts(subject, findings, read_weights=True)
     if source is None:
         findings.skipped["source"] = "no --source was given"
@@ -67,6 +69,7 @@ def check_parts(subject: Subject, findings: Findings, *, read_weights: bool = Fa
     ``read_weights``: read whole weights too, for codes that are no numbers and for digests; else
     only scales are read.
     """
+    from .config.consequences import tell_garbage
     from .config.modules import check_config
     from .inventory import inventory_of
     from .structure.digests import check_digests
@@ -78,3 +81,4 @@ def check_parts(subject: Subject, findings: Findings, *, read_weights: bool = Fa
     check_digests(subject, findings, read_all=read_weights)
     check_scales(subject, inventory, findings, read_weights=read_weights)
     check_config(subject, inventory, findings)
+    tell_garbage(findings)

@@ -23,7 +23,7 @@ class Finding(NamedTuple):
 
     ``part`` is one of `PARTS`. ``where`` is a tensor, module or file; ``problem`` what was expected
     there and found; ``effect`` what that does when the checkpoint is loaded. ``grade`` is one of
-    `GRADES`.
+    `GRADES`. ``harms``: runtimes that compute garbage for it, and say nothing.
     """
 
     part: str
@@ -31,6 +31,7 @@ class Finding(NamedTuple):
     problem: str
     effect: str
     grade: str = ERROR
+    harms: tuple[str, ...] = ()
 
 
 class Runtime(NamedTuple):
@@ -69,6 +70,7 @@ class Findings:
     """All that was found, to be added to by each check.
 
     ``counts``: what was looked at -> how many. ``skipped``: part -> why it was not looked at.
+    ``left_out``: files and folders of the source that conversions do not copy.
     """
 
     found: list[Finding] = field(default_factory=list)
@@ -76,10 +78,20 @@ class Findings:
     runtimes: list[Runtime] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
-    def add(self, part: str, where: str, problem: str, effect: str, grade: str = ERROR) -> None:
+    def add(
+        self,
+        part: str,
+        where: str,
+        problem: str,
+        effect: str,
+        grade: str = ERROR,
+        *,
+        harms: tuple[str, ...] = (),
+    ) -> None:
         """Record one finding."""
-        self.found.append(Finding(part, where, problem, effect, grade))
+        self.found.append(Finding(part, where, problem, effect, grade, harms))
 
     def of_grade(self, grade: str) -> list[Finding]:
         """The findings of one grade."""

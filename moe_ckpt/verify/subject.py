@@ -16,7 +16,7 @@ from ..dialects.config import CONFIG, HF_QUANT_CONFIG
 from ..errors import CheckpointError, InputError, OutputRefusedError, show
 from ..layouts import Detection, detect
 from ..output.journal import JOURNAL, PRIVATE, Journal, read_journal
-from ..source.checkpoint import INDEX, Source, is_safe_shard_name, shards_in
+from ..source.checkpoint import INDEX, Source, is_safe_shard_name, missing_of, shards_in
 from ..source.declared import Declared, everything_declared, quantization_beside
 from ..source.files import read_regular
 from ..source.headers import Shard, TensorInfo, read_header
@@ -230,6 +230,13 @@ class _Opening:
                 "transformers finds no weights; runtimes that take every .safetensors file load "
                 "all, whether they belong together or not",
             )
+        for name in [] if weight_map else missing_of(named):
+            self._add(
+                name,
+                "is missing: other shards are named as of so many",
+                "vLLM and SGLang load the shards that are there; vLLM checks no quantized model "
+                "for weights that are missing, and computes with what memory held",
+            )
         if not named:
             self._add(
                 show(self._root),
@@ -245,13 +252,16 @@ class _Opening:
                 self._add_all(name, error, "runtimes stop when they open it")
                 continue
             for info in found:
-                if info.name in tensors:
+                there = tensors.get(info.name)
+                if there is not None:
                     self._add(
                         info.name,
-                        f"is in two shards, {tensors[info.name].shard} and {name}",
-                        "which of them a runtime keeps is left to chance",
+                        f"is in two shards, {there.shard} and {name}",
+                        f"{'transformers goes by the index; ' if weight_map else ''}vLLM keeps "
+                        "that of the last file by name, with SGLang it is left to chance",
                     )
-                tensors[info.name] = info
+                if there is None or weight_map.get(info.name) != there.shard:
+                    tensors[info.name] = info
         lost = [tensor for tensor, shard in weight_map.items() if shard not in shards]
         return shards, tensors, lost
 

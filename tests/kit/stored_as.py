@@ -21,7 +21,7 @@ def spread(weight, step=1):
     rows, columns = torch.arange(n).view(-1, 1), torch.arange(k).view(1, -1)
     blocks = (rows // 16 * 5 + columns // 16 * 3) % 4 * step
     tiles = (rows // 128 + columns // 128 * 2) % 4
-    return weight.float() * 2.0 ** (blocks + rows // 16 % 3 + rows % 2 + tiles)
+    return weight.float() * 2.0 ** (blocks + rows // 16 % 3 + rows % 2 + tiles - 6)
 
 
 def float4_codes(values):
@@ -81,6 +81,11 @@ def as_e8m0(exponent, dtype):
     return byte if dtype == "U8" else byte.view(torch.float8_e8m0fnu)
 
 
+def beside(name, ending):
+    """The tensor with an ending beside a weight; one with a dot is another of its module."""
+    return (name.removesuffix(".weight") if ending.startswith(".") else name) + ending
+
+
 def fp8_block(name, weight, dtype="F32", ending="_scale_inv", dims=2):
     """DeepSeek's; 4-D as ModelOpt exports it."""
     scale = block_amax(weight, 128, 128) / 448
@@ -94,22 +99,37 @@ def fp8_block(name, weight, dtype="F32", ending="_scale_inv", dims=2):
     codes = e4m3(weight / wide)
     if dims == 4:
         stored = stored[..., :, None, :, None]
-    return {name: codes, f"{name}{ending}": stored}, codes.float() * wide
+    return {name: codes, beside(name, ending): stored}, codes.float() * wide
 
 
-def fp8_tensor(name, weight, dtype="F32", dims=0, inputs=None, input_dtype="F32"):
-    """One scale for the matrix; of a stack one for each, ``dims`` 3 as they are multiplied."""
-    stored = (weight.abs().amax((-2, -1)) / 448).to(SCALE_DTYPES[dtype])
+def fp8_tensor(
+    name,
+    weight,
+    dtype="F32",
+    dims=0,
+    inputs=None,
+    input_dtype="F32",
+    ending="_scale",
+    input_name="input_scale",
+):
+    """One scale for the matrix; of a stack one for each, ``dims`` 3 as they are multiplied.
+
+    ``dims`` 0 of a stack: one for all.
+    """
+    amax = weight.abs().amax() if dims == 0 else weight.abs().amax((-2, -1))
+    stored = (amax / 448).to(SCALE_DTYPES[dtype])
     wide = stored.float().unflatten(-1, (-1, 1, 1)) if stored.dim() else stored.float()
     codes = e4m3(weight / wide)
-    tensors = {name: codes, f"{name}_scale": stored.view(1) if dims == 1 else stored}
+    scale = beside(name, ending)
+    tensors = {name: codes, scale: stored.view(1) if dims == 1 else stored}
     if dims == 3:
-        tensors[f"{name}_scale"] = stored.view(-1, 1, 1)
+        tensors[scale] = stored.view(-1, 1, 1)
     if inputs is not None:
         input_scale = torch.tensor(inputs, dtype=SCALE_DTYPES[input_dtype])
-        tensors[f"{name.removesuffix('weight')}input_scale"] = (
-            input_scale.view(1) if dims == 1 else input_scale
-        )
+        module = name.removesuffix("weight") if name.endswith("weight") else f"{name}_"
+        if weight.dim() == 3:
+            input_scale = input_scale.expand(len(weight)).contiguous()
+        tensors[f"{module}{input_name}"] = input_scale.view(1) if dims == 1 else input_scale
     return tensors, codes.float() * wide
 
 
@@ -151,13 +171,15 @@ def nvfp4(name, weight, dialect="modelopt", dims=0, inputs=0.25, amax=None, othe
     return shaped, float4_values(codes) * wide
 
 
-def mxfp4(name, weight, dtype="U8", blocks=False):
-    """compressed-tensors'; ``blocks`` as gpt-oss is released."""
+def mxfp4(name, weight, dtype="U8", blocks=False, ending=None):
+    """compressed-tensors'; ``blocks`` as gpt-oss is released; ``ending`` as it is beside FP8."""
     exponent = exponent_of(block_amax(weight, 1, 32), 6)
     wide = per_block(2.0**exponent, 1, 32, weight.shape)
     codes = float4_codes(weight / wide)
     packed, scale = nibbles(codes), as_e8m0(exponent, dtype)
     tensors = {f"{name}_packed": packed, f"{name}_scale": scale}
+    if ending:
+        tensors = {name: packed.view(torch.int8), beside(name, ending): scale}
     if blocks:
         tensors = {f"{name}_blocks": packed.unflatten(-1, (-1, 16)), f"{name}_scales": scale}
     return tensors, float4_values(codes) * wide
@@ -244,6 +266,8 @@ FP8 = {
     "weight_block_size": [128, 128],
 }
 MXFP8 = FP8 | {"quant_method": "mxfp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}
+FP8_TENSOR = {"quant_method": "fp8", "activation_scheme": "static"}
+FP8_FP4 = FP8 | {"expert_dtype": "fp4"}
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
 
@@ -279,6 +303,9 @@ def ct_int4(group):
     return compressed("int", 4, "group", "pack-quantized", group)
 
 
+TRANSFORMERS = {"ending": "_scale_inv", "inputs": 0.5, "input_name": "activation_scale"}
+MISTRAL = {"ending": ".qscale_weight", "inputs": 0.5, "input_name": "qscale_act"}
+
 # name -> (encoder, its options, what the config says, K must be a multiple of)
 ENCODINGS = {
     **{
@@ -286,10 +313,14 @@ ENCODINGS = {
         for dtype in ("F32", "BF16", "F16", "F8_E8M0")
     },
     "fp8-block-4d": (fp8_block, {"ending": "_scale", "dims": 4}, MODELOPT, 1),
+    "fp8-block-4d-inv": (fp8_block, {"dims": 4}, FP8, 1),
+    "fp8-block-deepseek-v4": (fp8_block, {"ending": ".scale", "dtype": "F8_E8M0"}, FP8, 1),
     "fp8-block-ct": (fp8_block, {"ending": "_scale", "dtype": "BF16"}, CT_BLOCK, 1),
     "fp8-tensor-0d": (fp8_tensor, {"inputs": 0.5}, MODELOPT, 1),
     "fp8-tensor-1d": (fp8_tensor, {"inputs": 0.5, "dims": 1, "dtype": "BF16"}, CT_TENSOR, 1),
     "fp8-tensor-dynamic": (fp8_tensor, {"dims": 1}, CT_TENSOR, 1),
+    "fp8-tensor-inv": (fp8_tensor, TRANSFORMERS, FP8_TENSOR, 1),
+    "fp8-tensor-mistral": (fp8_tensor, MISTRAL, FP8_TENSOR, 1),
     "fp8-channel-1d": (fp8_channel, {"dims": 1}, MODELOPT, 1),
     "fp8-channel-bf16": (fp8_channel, {"dtype": "BF16"}, CT_CHANNEL, 1),
     "fp8-channel-f16": (fp8_channel, {"dtype": "F16"}, CT_CHANNEL, 1),
@@ -304,6 +335,8 @@ ENCODINGS = {
     "nvfp4-ct-a16": (nvfp4, {"dialect": "ct", "dims": 1, "inputs": None}, CT_NVFP4, 16),
     "mxfp4-ct": (mxfp4, {}, CT_MXFP4, 32),
     "mxfp4-ct-e8m0": (mxfp4, {"dtype": "F8_E8M0"}, CT_MXFP4, 32),
+    "mxfp4-deepseek-v4": (mxfp4, {"ending": ".scale", "dtype": "F8_E8M0"}, FP8_FP4, 32),
+    "mxfp4-inv": (mxfp4, {"ending": "_scale_inv"}, FP8_FP4, 32),
     "int4-g32": (int4, {"shape_dtype": torch.int32}, ct_int4(32), 32),
     "int4-g64-f16": (int4, {"group": 64, "dtype": "F16"}, ct_int4(64), 64),
     "int4-g128-f32": (int4, {"group": 128, "dtype": "F32"}, ct_int4(128), 128),

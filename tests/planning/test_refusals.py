@@ -134,14 +134,6 @@ PACKED = {
         },
         "FP8",
     ),
-    "DeepSeek FP4": (
-        "deepseek_v4",
-        {
-            "layers.0.ffn.experts.0.w1.weight": ("I8", [I, 32]),
-            "layers.0.ffn.experts.0.w1.scale": ("F8_E8M0", [I, 2]),
-        },
-        "FP4 of DeepSeek",
-    ),
     "MLX": (
         "qwen3_moe",
         {"model.layers.0.mlp.switch_mlp.up_proj.weight": ("U32", [E, I, 8])},

@@ -19,6 +19,11 @@ E, I, H = 3, 32, 48
 EXPERTS = "model.layers.0.mlp.experts"
 ATTENTION = "model.layers.0.self_attn"
 
+# The model of these tests has no more.
+ONLY_LAYERS = (
+    "config.json: is that of a whole model; only layers are there, or experts, and no embedding"
+)
+
 
 def stats_file(folder, modules, name="stats.json", **top):
     path = folder / name
@@ -138,7 +143,7 @@ def test_a_layer_without_statistics_is_an_error_or_constant(tmp_path, model):
 def test_without_statistics_every_input_scale_is_one(tmp_path, model):
     plan = moe_ckpt.make_plan(model, quantize="linear")
     assert set(input_amaxes(plan).values()) == {None}
-    assert plan.notes == ()
+    assert plan.notes == (ONLY_LAYERS,)
     (warning,) = plan.warnings_by_kind["statistics"]
     assert "no statistics: every quantized module gets input scale 1.0" in warning
 
@@ -171,7 +176,8 @@ def test_unknown_keys_are_noted(tmp_path, model):
     modules |= {f"{EXPERTS}.down_proj": {"input_amax": 1, "num_tokens": 7}}
     file = stats_file(tmp_path, modules, num_tokens=9, made_by="x")
     plan = moe_ckpt.make_plan(model, stats=[file])
-    assert plan.notes == ("stats.json: keys unknown to this version were ignored: made_by, median",)
+    ignored = "stats.json: keys unknown to this version were ignored: made_by, median"
+    assert plan.notes == (ignored, ONLY_LAYERS)
 
 
 def test_statistics_are_not_used_by_weight_only_formats(tmp_path, model):

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, deserialize
 
 import moe_ckpt
 from moe_ckpt.errors import CheckpointError, MoeCkptError
+from moe_ckpt.planning.planner import make_plan
 from moe_ckpt.source.checkpoint import open_source
 from moe_ckpt.source.headers import read_header
 
@@ -185,10 +186,60 @@ def test_a_tensor_in_another_shard(source):
     )
 
 
-def test_a_tensor_in_two_shards(source):
-    shutil.copy(source / "model-00006-of-00006.safetensors", source / "other.safetensors")
-    edit_index(source, lambda weight_map: weight_map.update(extra="other.safetensors"))
-    assert "lm_head.weight: is in two shards" in refusal(source)
+OVERLAY, BASE = "model-overlay.safetensors", "model-00005-of-00006.safetensors"
+
+
+def overlaid(source):
+    """The last norm once more, in a shard with other bytes and a tensor of its own."""
+    head = split(source / BASE)[0]["model.norm.weight"]
+    nbytes = head["data_offsets"][1] - head["data_offsets"][0]
+    header = {
+        "model.norm.weight": head | {"data_offsets": [0, nbytes]},
+        "extra": entry(nbytes, nbytes + 4),
+    }
+    (source / OVERLAY).write_bytes(file_of(header, b"\1" * (nbytes + 4)))
+
+
+def split(path):
+    raw = path.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    header.pop("__metadata__", None)
+    return header, raw[8 + length :]
+
+
+@pytest.mark.parametrize("counts", [OVERLAY, BASE])
+def test_the_index_decides_over_stale_copies(source, tmp_path, counts):
+    overlaid(source)
+    edit_index(source, lambda where: where.update({"model.norm.weight": counts, "extra": OVERLAY}))
+    found = open_source(source)
+    assert found.tensors["model.norm.weight"].shard == counts
+    stale = ({OVERLAY, BASE} - {counts}).pop()
+    (warning,) = found.warnings
+    assert warning.endswith(f"names another shard that has it: model.norm.weight in {stale}")
+    assert warning in make_plan(source, format="bf16").warnings
+    moe_ckpt.convert(source, tmp_path / "out", format="bf16", device="cpu")
+    header, data = split(tmp_path / "out" / "model.safetensors")
+    start, end = header["model.norm.weight"]["data_offsets"]
+    assert (set(data[start:end]) == {1}) == (counts == OVERLAY)
+
+
+def test_a_tensor_that_the_index_lacks_in_two_shards(source):
+    overlaid(source)
+    edit_index(source, lambda where: where.update(extra=OVERLAY))
+    edit_index(source, lambda where: where.pop("model.norm.weight"))
+    assert "is in two shards" in (text := refusal(source))
+    assert f"{INDEX} names neither" in text
+
+
+def test_without_an_index_a_tensor_in_two_shards_is_refused(source):
+    overlaid(source)
+    (source / INDEX).unlink()
+    text = refusal(source)
+    assert f"model.norm.weight: is in two shards, {BASE} and {OVERLAY}" in text
+    # and the advice works
+    (source / OVERLAY).rename(source.parent / OVERLAY)
+    assert open_source(source).tensors["model.norm.weight"].shard == BASE
 
 
 def test_a_missing_shard_and_a_broken_one_are_both_named(source):
@@ -199,9 +250,17 @@ def test_a_missing_shard_and_a_broken_one_are_both_named(source):
     assert "model-00004-of-00006.safetensors: " in text
 
 
-def test_no_index_for_several_shards(source):
+def test_shards_without_an_index_are_all_read(source):
+    indexed = open_source(source)
     (source / INDEX).unlink()
-    assert "holds 6 .safetensors files" in refusal(source)
+    found = open_source(source)
+    assert (found.tensors, found.warnings) == (indexed.tensors, indexed.warnings)
+
+
+def test_without_an_index_the_names_of_shards_say_how_many_there_are(source):
+    (source / INDEX).unlink()
+    (source / "model-00002-of-00006.safetensors").unlink()
+    assert "model-00002-of-00006.safetensors: shard is missing" in refusal(source)
 
 
 def test_consolidated_weights_are_another_form_of_the_same(tmp_path):

@@ -9,7 +9,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from kit import stored_as as S  # noqa: N812
 from kit.expert_layouts import load
 from kit.files import FIXTURES, read_json
-from kit.quantized_sources import gpt_oss, make, same
+from kit.quantized_sources import gpt_oss, make, refused, same
 
 import moe_ckpt
 from moe_ckpt.conversion import execute
@@ -34,6 +34,11 @@ FUSED = [
     *((S.fp8_block, {"dtype": dtype}, S.FP8) for dtype in ("F32", "BF16", "F16", "F8_E8M0")),
     (S.fp8_tensor, {"dims": None}, S.CT_TENSOR),
     (S.fp8_tensor, {"dims": 3}, S.CT_TENSOR),
+    (S.fp8_block, {"dims": 4}, S.FP8),
+    (S.fp8_tensor, {"dims": None, **S.TRANSFORMERS}, S.FP8_TENSOR),
+    (S.fp8_tensor, {"dims": 3, **S.TRANSFORMERS}, S.FP8_TENSOR),
+    (S.fp8_tensor, S.TRANSFORMERS, S.FP8_TENSOR),  # one number for all experts
+    (S.mxfp4, {"ending": "_scale_inv", "dtype": "F8_E8M0"}, S.FP8_FP4),
     (S.fp8_channel, {}, S.CT_CHANNEL),
     (S.fp8_channel, {"dims": 1}, S.CT_CHANNEL),
     (S.mxfp8, {"ending": "_scale_inv"}, S.MXFP8),
@@ -102,6 +107,58 @@ def test_fp8_decodes_as_transformers_does(tmp_path, encode, dtype):
             tensors[name], tensors[f"{name}_scale_inv"], output_dtype=torch.bfloat16
         )
         assert torch.equal(ours, found)
+
+
+@pytest.mark.parametrize(
+    ("encode", "dtype"), [(S.mxfp4, "F8_E8M0"), (S.mxfp4, "U8"), (S.fp8_block, "F8_E8M0")]
+)
+def test_deepseek_v4_decodes_as_transformers_does(tmp_path, encode, dtype):
+    """Names of its own; codes as int8, two in a byte, or FP8."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    module = "layers.0.ffn.experts"
+    tensors, _ = S.experts(encode, 2, 128, 256, module=module, ending=".scale", dtype=dtype)
+    names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    for old, new in names.items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    kind = "fp4" if encode is S.mxfp4 else "fp8"
+    sizes = {"count": 2, "i": 128, "h": 256, "model_type": "deepseek_v4", "expert_dtype": kind}
+    S.save(tmp_path / "in", tensors, S.FP8, **sizes)
+    moe_ckpt.convert(tmp_path / "in", tmp_path / "out", format="bf16", experts="split")
+    theirs = Fp8Dequantize(None)
+    found = load(tmp_path / "out")
+    assert len(found) == 6
+    for name, ours in found.items():
+        scale = tensors[f"{name.removesuffix('.weight')}.scale"]
+        expected = theirs._dequantize_one(tensors[name], scale, output_dtype=torch.bfloat16)
+        assert torch.equal(ours, expected)
+    assert "expert_dtype" not in read_json(tmp_path / "out" / "config.json")
+
+
+def test_a_scale_of_deepseek_v4_without_its_weight_is_refused(tmp_path):
+    tensors, _ = S.experts(S.fp8_block, 2, 128, 128, ending=".scale", dtype="F8_E8M0")
+    del tensors[f"{S.QWEN}.1.up_proj.weight"]
+    refused(tmp_path, tensors, S.FP8, f"{S.QWEN}.1.up_proj.scale: belongs to no quantized weight")
+
+
+def test_other_tensors_may_be_called_scale(tmp_path):
+    tensors, _ = S.experts(S.fp8_block, 2, 128, 128)
+    tensors["model.layers.0.clip.scale"] = torch.ones(4)
+    S.save(tmp_path / "in", tensors, S.FP8, count=2, i=128, h=128)
+    moe_ckpt.convert(tmp_path / "in", tmp_path / "out", format="bf16")
+    assert "model.layers.0.clip.scale" in load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_single_number_beside_a_small_matrix_decodes_alike(tmp_path, shape):
+    """That of the matrix or of its only block: with two dimensions it is the block's."""
+    tensors, decoded = S.experts(S.fp8_tensor, 2, 128, 128, ending="_scale_inv")
+    tensors = {n: t.view(shape) if n.endswith("_inv") else t for n, t in tensors.items()}
+    S.save(tmp_path / "in", tensors, S.FP8, count=2, i=128, h=128)
+    plan = moe_ckpt.convert(tmp_path / "in", tmp_path / "out", format="bf16").plan
+    same(load(tmp_path / "out"), {name: w.bfloat16() for name, w in decoded.items()})
+    what = "FP8 in blocks" if len(shape) == 2 else "FP8 per tensor of transformers"
+    assert any(note.endswith(f"6 weights as {what}") for note in plan.notes)
 
 
 COMPRESSED = [

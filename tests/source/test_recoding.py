@@ -6,12 +6,13 @@ import pytest
 import torch
 from kit import stored_as as S  # noqa: N812
 from kit.expert_layouts import load
-from kit.files import FIXTURES, read_tensors
+from kit.files import FIXTURES, read_json, read_tensors
 from kit.quantized_sources import ATTENTION, BUDGETS, CUTS, bits, gpt_oss, make, only, refused, same
 
 import moe_ckpt
 from moe_ckpt.conversion import execute
 from moe_ckpt.engines import backend_for
+from moe_ckpt.verify import verify
 from moe_ckpt.work.batches import Budget
 
 
@@ -334,3 +335,57 @@ def test_codes_and_scales_that_are_nan_are_named_where_they_lie(tmp_path, target
         with pytest.raises(moe_ckpt.CheckpointError, match=words) as caught:
             execute(plan, tmp_path / "out", backend=backend_for("cpu"), budget=budget)
         assert name in str(caught.value)
+
+
+UE8M0 = S.FP8 | {"scale_fmt": "ue8m0"}
+
+
+def powers_of_two(dtype):
+    """FP8 blocks whose scales are E8M0, or the same numbers as float32."""
+    tensors, _ = S.experts(S.fp8_block, 2, 128, 256, dtype="F8_E8M0")
+    if dtype == "F32":
+        return {n: t.float() if n.endswith("_inv") else t for n, t in tensors.items()}
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F8_E8M0"])
+def test_what_runtimes_act_on_stays_with_the_scales(tmp_path, dtype):
+    tensors = powers_of_two(dtype)
+    S.save(tmp_path / "in", tensors, UE8M0, count=2, i=128, h=256)
+    moe_ckpt.convert(tmp_path / "in", tmp_path / "out", format="fp8-block")
+    same(load(tmp_path / "out"), tensors)
+    said = read_json(tmp_path / "out" / "config.json")["quantization_config"]
+    assert said["scale_fmt"] == "ue8m0"
+    found = verify(tmp_path / "out", source=tmp_path / "in")
+    assert not found.found
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F8_E8M0"])
+def test_with_a_scale_made_anew_nothing_is_said_of_powers_of_two(tmp_path, dtype):
+    """And all scales are of one dtype."""
+    tensors = powers_of_two(dtype) | {f"{ATTENTION}.o_proj.weight": torch.ones(128, 128).bfloat16()}
+    S.save(tmp_path / "in", tensors, UE8M0, count=2, i=128, h=256)
+    plan = moe_ckpt.convert(
+        tmp_path / "in", tmp_path / "out", format="fp8-block", quantize="linear"
+    ).plan
+    assert "scale_fmt" not in read_json(tmp_path / "out" / "config.json")["quantization_config"]
+    assert any(note.startswith("scale_fmt ue8m0 of the source is left out") for note in plan.notes)
+    found = load(tmp_path / "out")
+    scales = {name: t for name, t in found.items() if name.endswith("_inv")}
+    assert {t.dtype for t in scales.values()} == {torch.float32}
+    for name in scales.keys() & tensors.keys():
+        assert torch.equal(scales[name], tensors[name].float())
+
+
+def test_what_is_said_of_experts_is_replaced(tmp_path):
+    """Of DeepSeek-V4 vLLM takes experts to be FP4 where the config does not say what they are."""
+    tensors, _ = S.experts(
+        S.mxfp4, 2, 128, 128, module="layers.0.ffn.experts", ending=".scale", dtype="F8_E8M0"
+    )
+    for old, new in {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}.items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    sizes = {"count": 2, "i": 128, "h": 128, "model_type": "deepseek_v4", "expert_dtype": "fp4"}
+    S.save(tmp_path / "in", tensors, S.FP8, **sizes)
+    for name, said in {"fp8-block": "fp8", "nvfp4": None}.items():
+        moe_ckpt.convert(tmp_path / "in", tmp_path / name, format=name, experts="split")
+        assert read_json(tmp_path / name / "config.json").get("expert_dtype") == said

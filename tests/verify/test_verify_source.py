@@ -291,7 +291,10 @@ def module_of(name):
     return name.removeprefix(f"{S.QWEN}.").rpartition(".")[0]
 
 
-SCALES = ("_scale", "_scale_2", "_global_scale", "_scale_inv")
+SCALES = (
+    *(f"weight{ending}" for ending in ("_scale", "_scale_2", "_global_scale", "_scale_inv")),
+    *("scale", "qscale_weight"),
+)
 
 
 @pytest.mark.parametrize("key", S.ENCODINGS)
@@ -299,7 +302,7 @@ SCALES = ("_scale", "_scale_2", "_global_scale", "_scale_inv")
 def test_a_scale_that_is_off_by_two_is_found(tmp_path, key, factor):
     experts = plain_source(tmp_path / "in")
     written_by_another(tmp_path / "out", experts, key)
-    module = f"{S.QWEN}.1.up_proj.weight"
+    module = f"{S.QWEN}.1.up_proj."
     scales = [n for n in names_of(tmp_path / "out") if n.removeprefix(module) in SCALES]
     assert scales
     for name in scales:

@@ -7,9 +7,10 @@ from typing import Any
 
 from ...errors import show
 from ...runtimes import SGLANG, VLLM
+from ..matching import Built, Reader
 from ..reading import Reading, require_scale, texts_of
 from .match import fp8_readers
-from .table import BLOCKS, KEPT
+from .table import BLOCKS, DEEPSEEK_FP4, KEPT
 
 __all__ = ["read_fp8", "read_lists", "unread_mixes"]
 
@@ -35,6 +36,23 @@ def read_fp8(said: Mapping[str, Any], reading: Reading) -> None:
             f"activation_scheme is {show(said.get('activation_scheme'))}; expected dynamic"
         )
     read_lists(said, found, reading)
+    if _experts_are_fp4(said):
+        of_all = reading.readers
+        reading.readers = {name: _with_fp4(read) for name, read in of_all.items()}
+
+
+def _experts_are_fp4(said: Mapping[str, Any]) -> bool:
+    """Whether experts are MXFP4 beside FP8, in the words of some runtime."""
+    words = {"expert_dtype": "fp4", "routed_experts_quant_method": "mxfp4", "store_dtype": "mxfp4"}
+    return any(said.get(key) == value for key, value in words.items())
+
+
+def _with_fp4(read: Reader) -> Reader:
+    def read_experts(module: Built) -> str | None:
+        found = read(module)
+        return DEEPSEEK_FP4.format if found and module.is_experts else found
+
+    return read_experts
 
 
 def unread_mixes(said: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,10 @@ The tensors are those of `table`.
 The list of what is not quantized is called ``modules_to_not_convert``, the name that all runtimes
 read; it has every module by its full name, for vLLM knows no patterns. It has the output head,
 too: transformers quantizes it otherwise.
+
+``scale_fmt: ue8m0`` says that all scales are powers of two, those of activations as well: vLLM and
+SGLang compute so, and would round other scales; transformers holds them as E8M0. It stays where
+all weights are those of a source that says so.
 """
 
 from __future__ import annotations
@@ -12,11 +16,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import CONFIG, with_quantization
+from ..config import CONFIG, said_of, with_quantization
 from ..dialect import FP8, Assignment, Dialect, refused, written
 from ..matching import built_of, check
 from .match import fp8_readers
-from .table import BLOCKS, DEEPSEEK, KEPT, PLAIN, SPELLINGS
+from .table import BLOCKS, CARRIED, DEEPSEEK, KEPT, PLAIN, SPELLINGS
 
 __all__ = ["DIALECT"]
 
@@ -35,7 +39,10 @@ def config_files(config: Mapping[str, Any], assignment: Assignment) -> dict[str,
         "weight_block_size": [*_BLOCK],
         KEPT: entries,
     }
-    return {CONFIG: with_quantization(config, quantization)}
+    if DEEPSEEK.format in assignment.moved:
+        words = {key: said_of(config, key) for key in CARRIED}
+        quantization |= {key: value for key, value in words.items() if value is not None}
+    return {CONFIG: with_quantization(config, quantization, expert_dtype="fp8")}
 
 
 DIALECT = Dialect(

@@ -59,7 +59,6 @@ class Algorithm:
     """What ModelOpt calls a way to quantize, and what that is.
 
     ``names``: of quant_algo, in capitals as vLLM compares them; the first is written.
-    ``unread``: those of the names of which no source is read.
     ``has_inputs``: whether activations are quantized.
     ``is_grouped``: whether ModelOpt writes config_groups where all modules have this algorithm.
     ``is_stacked``: whether there are experts of a layer in one tensor.
@@ -68,7 +67,6 @@ class Algorithm:
 
     names: tuple[str, ...]
     spelling: Spelling
-    unread: tuple[str, ...] = ()
     has_inputs: bool = True
     is_grouped: bool = True
     is_stacked: bool = False
@@ -158,7 +156,6 @@ ALGORITHMS = (
             why_not=dict.fromkeys((VLLM, SGLANG), _NO_EXPERTS.format("each block")),
             not_written=_NO_MOE.format("a scale for each block"),
         ),
-        unread=("FP8_BLOCK_SCALES",),
     ),
     Algorithm(
         ("FP8_PER_CHANNEL_PER_TOKEN",),
@@ -195,11 +192,7 @@ UNKNOWN_FORMATS: Mapping[str, str] = {
 }
 
 READ_IN_SOURCES = frozenset({MIX}).union(
-    name
-    for algorithm in ALGORITHMS
-    if algorithm.spelling.is_source
-    for name in algorithm.names
-    if name not in algorithm.unread
+    name for algorithm in ALGORITHMS if algorithm.spelling.is_source for name in algorithm.names
 )
 
 

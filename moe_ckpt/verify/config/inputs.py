@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from ...dialects.matching import Built, UndecidedError
 from ...dialects.reading import Reading
 from ...errors import show
+from ...formats import find_format
+from ...runtimes import VLLM
 from ...source.encodings import input_name_of
 from ..findings import Findings
 from ..inventory import Inventory, Module
@@ -61,4 +63,5 @@ def _add_bare(module: Module, count: int, findings: Findings) -> None:
         show(f"{module.name}.{input_name_of(module.what)}"),
         f"is missing; the configuration says that activations have a static scale{more}",
         "vLLM takes what memory held for NVFP4 and 1.0 for FP8, SGLang takes 1.0: nothing is said",
+        harms=(VLLM,) if find_format(module.format).weights == "nvfp4" else (),
     )

@@ -16,7 +16,7 @@ from ...layouts.sizes import model_type_of
 from ...loaders.judge import LOADERS
 from ...loaders.loader import text_types_of
 from ...runtimes import RUNTIMES, SGLANG, TRANSFORMERS, TRTLLM, VLLM
-from ..findings import ERROR, Findings, Runtime
+from ..findings import Findings, Runtime
 from ..inventory import Inventory, Module
 from ..subject import Subject
 from ..values.scale_values import GATE_UP
@@ -27,8 +27,7 @@ from .verdicts import check_recast, runtimes_of
 __all__ = ["built_from", "check_config"]
 
 _HEAD = "lm_head"
-# How the problem of a finding begins where runtimes let memory stand in for a tensor.
-_MISSING = "is missing"
+_HEAD_OF_DEEPSEEK_V4 = "head"
 # Of these runtimes build none that a configuration could make quantized.
 _NEVER_BUILT = ("embedding", "norm", "convolution")
 
@@ -58,26 +57,12 @@ def check_config(subject: Subject, inventory: Inventory, findings: Findings) -> 
     check_recast(inventory, findings)
     loading = {r.name for r in runtimes if r.loads and not r.garbage}
     misled = _check(subject, inventory, loading, findings)
-    unsound = _unsound(findings)
-    for runtime in runtimes:
-        if runtime.name in misled & loading:
-            why_not = "it builds modules otherwise than they are, see above"
-            runtime = runtime._replace(why_not=why_not)
-        elif runtime.name in loading:
-            runtime = runtime._replace(garbage=unsound)
-        findings.runtimes.append(runtime)
-
-
-def _unsound(findings: Findings) -> str:
-    """What makes runtimes compute garbage and stops none; '' if nothing does."""
-    found = [
-        f"{finding.where} {finding.problem}"
-        for finding in findings.found
-        if finding.grade == ERROR
-        and (finding.part == "scales" or finding.problem.startswith(_MISSING))
+    findings.runtimes += [
+        runtime._replace(why_not="it builds modules otherwise than they are, see above")
+        if runtime.name in misled & loading
+        else runtime
+        for runtime in runtimes
     ]
-    more = f", the first of {len(found)} findings" if len(found) > 1 else ""
-    return f"{found[0]}{more}" if found else ""
 
 
 def _after_scales(runtime: Runtime, subject: Subject, findings: Findings) -> Runtime:
@@ -262,7 +247,7 @@ def _is_plain_anyway(
     runtime: str, method: str, name: str, model_types: Sequence[str], reading: Reading
 ) -> bool:
     """Whether a runtime builds a module in 16 bits, whatever the configuration says."""
-    if name.rpartition(".")[2] == _HEAD:
+    if name.rpartition(".")[2] == _HEAD or name == _HEAD_OF_DEEPSEEK_V4:
         known = METHODS.get(method)
         if known is None or not known.has_plain_head:
             return False

@@ -15,7 +15,7 @@ from ...source.strict_json import parse_object
 from ..findings import Findings
 from ..subject import Subject
 
-__all__ = ["check_config_json", "check_side_files"]
+__all__ = ["check_config_json", "check_side_files", "name_left_out"]
 
 _PIECE_NBYTES = 1 << 20
 _JSON_CAP_NBYTES = 100_000_000
@@ -74,6 +74,13 @@ def check_side_files(subject: Subject, source: Source, findings: Findings) -> No
         if problem:
             effect = "runtimes tokenize, prompt or generate otherwise than with the source"
             findings.add("source", show(file.name), problem, effect)
+
+
+def name_left_out(subject: Subject, source: Source, findings: Findings) -> None:
+    """Name what conversions leave out of the source, as far as it is not there after all."""
+    findings.left_out = tuple(
+        name for name in source.left_out if not (subject.root / name).exists()
+    )
 
 
 def _problem_with(there: Path, file: SideFile, *, is_ours: bool) -> str:

@@ -16,6 +16,7 @@ from typing import TypeVar
 from ...engines import Backend
 from ...faults import environment_faults
 from ...layouts import Given, detect
+from ...layouts.strays import with_mtp_shards
 from ...layouts.unwrapping import unwrap
 from ...limits import Limits
 from ...source.checkpoint import open_source
@@ -27,7 +28,7 @@ from ...work.reader import SourceReader
 from ...work.worker import Worker
 from ..findings import Findings
 from ..subject import Subject
-from .beside import check_config_json, check_side_files
+from .beside import check_config_json, check_side_files, name_left_out
 from .comparer import Compared, Comparer
 from .differences import report
 from .lookup import Lookup
@@ -64,12 +65,13 @@ def against_source(
         InputError: the source cannot be read.
         EnvironmentFaultError: disk, memory or GPU failed.
     """
-    source = unwrap(open_source(source_dir)).source
+    source = unwrap(with_mtp_shards(open_source(source_dir))).source
     weights = weights_of(source)
     detection = detect(weights.tensors, source.config, _given(subject))
     with environment_faults():
         check_config_json(subject, source, findings)
         check_side_files(subject, source, findings)
+        name_left_out(subject, source, findings)
         lookup = Lookup(subject)
         pairs = pair_up(subject, weights, detection, lookup, findings)
         chosen: list[CopyPair | MatrixPair] = list(spread_over(pairs.copies, sample))

@@ -11,7 +11,7 @@ from ...errors import show
 from ...formats import UNQUANTIZED, find_format
 from ...formats.scales import scale_of
 from ...plan import Job
-from ..findings import Difference, Findings
+from ..findings import WARNING, Difference, Findings
 from ..subject import Subject
 from .comparer import Compared, Measured
 from .lookup import Lookup
@@ -21,6 +21,14 @@ __all__ = ["report"]
 
 _GLOBAL = "global_scale"
 _OTHER_WEIGHTS = "the module computes with other weights than the source"
+
+# A matrix of which no more is left is lost.
+_FEW, _SHARE = 16, 1000
+_NOTHING = "it puts out nothing, there as here"
+_LOST = (
+    "what the matrix computed is lost; look at its largest weight, and choose a format with a "
+    "scale for fewer weights if it is right"
+)
 
 
 def report(
@@ -88,11 +96,25 @@ class _Reporter:
             self._check_bound(measured)
         if measured is not None and not is_plain:
             snr_db = measured.distance.snr_db
+            self._check_zeros(measured)
             self._findings.differences.append(
                 Difference(measured.module, measured.format, is_exact, snr_db)
             )
             if result.shared is not None and pair.job and not pair.job.is_recoded:
                 self._remember(pair.job, measured, result.shared)
+
+    def _check_zeros(self, measured: Measured) -> None:
+        """Report a matrix that is, or became, all zeros but for its largest weights."""
+        found, where = measured.distance, self._where(measured.name)
+        if found.present == 0:
+            problem = "all weights are 0 in the source"
+            self._findings.add("source", where, problem, _NOTHING, WARNING)
+        elif found.present - found.lost <= max(_FEW, found.present // _SHARE) < found.lost:
+            problem = (
+                f"{found.lost:,} of {found.present:,} weights that are not 0 in the source became "
+                f"0, beside the largest, which is {found.largest:.6g}"
+            )
+            self._findings.add("source", where, problem, _LOST, WARNING)
 
     def _check_bound(self, measured: Measured) -> None:
         found, name = measured.distance, measured.format

@@ -35,7 +35,8 @@ class Distance:
     """How far a matrix is from its source.
 
     ``signal`` and ``noise`` are sums of squares, ``largest`` is the source's largest magnitude,
-    ``beyond`` counts weights whose error is beyond the bound.
+    ``beyond`` counts weights whose error is beyond the bound, ``lost`` those that are not 0 in the
+    source and 0 here, of ``present`` that are not.
     """
 
     count: int = 0
@@ -43,6 +44,8 @@ class Distance:
     noise: float = 0.0
     largest: float = 0.0
     beyond: int = 0
+    present: int = 0
+    lost: int = 0
     worst: Worst | None = None
 
     @property
@@ -67,6 +70,9 @@ class Distance:
         self.count += expected.size
         self.signal += _power(expected)
         self.noise += _power(error)
+        is_present = expected != 0
+        self.present += int(np.count_nonzero(is_present))
+        self.lost += int(np.count_nonzero(is_present & (found == 0)))
         self.largest = max(self.largest, float(magnitude.max(initial=0)))
         if bound is None:
             return

@@ -45,7 +45,7 @@ class Maker:
         problems = Problems()
         target = find_format(there.format)
         try:
-            job = make(self._units(target, problems), target)
+            job = make(self._units(target, there, problems), target)
             problems.check()
         except InputError:
             return None
@@ -53,15 +53,22 @@ class Maker:
             return None
         return _placed(replace(job, inverse=there.inverse))
 
-    def _units(self, target: QuantFormat, problems: Problems) -> UnitMaker:
+    def _units(self, target: QuantFormat, there: Encoded, problems: Problems) -> UnitMaker:
+        dialect = dialect_for([target.name])
+        kept = dialect.spellings[target.name].kept_dtypes
         return UnitMaker(
             self._weights,
             self._detection,
-            dialect_for([target.name]),
+            dialect,
             Calibration(_NO_STATS, self._detection, missing_is_constant=True),
             {},
             problems,
             may_requantize=True,
+            kept_dtypes={
+                (target.name, part.role): part.dtype
+                for part in there.parts
+                if part.dtype in kept.get(part.role, ())
+            },
         )
 
 

@@ -12,11 +12,11 @@ from ...source.encodings import input_name_of
 from ..inventory import Inventory, Module
 from ..subject import Subject
 
-__all__ = ["COUNT", "UNLIKE", "experts_problems"]
+__all__ = ["COUNT", "MISSING", "UNLIKE", "experts_problems"]
 
 # What is wrong with an expert: it is missing or too many, or unlike the others of its layer. What
 # else it may be is the role of a tensor that it lacks.
-COUNT, UNLIKE = "count", "unlike"
+MISSING, COUNT, UNLIKE = "missing", "count", "unlike"
 
 
 def experts_problems(subject: Subject, inventory: Inventory) -> Iterator[tuple[str, str, str]]:
@@ -50,7 +50,7 @@ def experts_problems(subject: Subject, inventory: Inventory) -> Iterator[tuple[s
             for projection in projections:
                 matrix = f"{name}.{number}.{projection}"
                 if projection not in there and not _is_known_missing(subject, matrix):
-                    yield matrix, f"is missing; the layer has {E} experts", COUNT
+                    yield matrix, f"is missing; the layer has {E} experts", MISSING
         for first, last in groups.get(name, [(0, E)]):
             yield from _unlike([m for n, m in experts.split.items() if first <= n < last])
 

@@ -8,7 +8,13 @@ from typing import NamedTuple
 
 from ...dtypes import FLOATS
 from ...errors import show
-from ...source.encodings import ENCODINGS, REFUSED_ENDINGS, SHAPE_ENDINGS, Encoding
+from ...source.encodings import (
+    ENCODINGS,
+    REFUSED_ENDINGS,
+    SHAPE_ENDINGS,
+    Encoding,
+    name_beside,
+)
 from ...source.headers import TensorInfo
 from ..stacks import STACK_FORMS, StackForm
 
@@ -24,7 +30,10 @@ _ENDINGS = tuple(
         )
     )
 )
-_STEM = re.compile(rf"(.*(?:weight|_proj))({'|'.join(sorted(_ENDINGS, key=len, reverse=True))})")
+_ON_NAMES = sorted((e for e in _ENDINGS if not e.startswith(".")), key=len, reverse=True)
+_OF_MODULES = [e.removeprefix(".") for e in _ENDINGS if e.startswith(".")]
+_STEM = re.compile(rf"(.*(?:weight|_proj))({'|'.join(_ON_NAMES)})")
+_MODULE_STEM = re.compile(rf"(.*\.)(?:{'|'.join(_OF_MODULES)})")
 _STACK_ENDINGS = {ending: role for form in STACK_FORMS for role, ending, _, _ in form.scales}
 _STACK_STEM = re.compile(rf"(.*\.experts\.[^.]+_proj)(?:{'|'.join(_STACK_ENDINGS)})?")
 
@@ -35,6 +44,7 @@ class Fault(NamedTuple):
     tensor: str
     problem: str
     role: str
+    is_missing: bool = False
 
 
 def stem_of(tensor: str) -> str:
@@ -47,7 +57,8 @@ def stem_of(tensor: str) -> str:
         match = pattern.fullmatch(tensor)
         if match:
             return match[1]
-    return tensor
+    match = _MODULE_STEM.fullmatch(tensor)
+    return f"{match[1]}weight" if match else tensor
 
 
 def diagnose(stem: str, tensors: Mapping[str, TensorInfo], used: Iterable[str]) -> list[Fault]:
@@ -73,7 +84,7 @@ def diagnose(stem: str, tensors: Mapping[str, TensorInfo], used: Iterable[str]) 
 
 def _beside(stem: str, tensors: Mapping[str, TensorInfo]) -> list[str]:
     of_stacks = [ending for ending, role in _STACK_ENDINGS.items() if role != "input_scale"]
-    names = [stem + ending for ending in (*_ENDINGS, *of_stacks)]
+    names = [name_beside(stem, ending) for ending in (*_ENDINGS, *of_stacks)]
     return [name for name in dict.fromkeys(names) if name in tensors]
 
 
@@ -81,12 +92,12 @@ def _faults(encoding: Encoding, stem: str, tensors: Mapping[str, TensorInfo]) ->
     faults: list[Fault] = []
     own = stem + encoding.ending
     codes = tensors.get(own)
-    needed = {own, *(stem + scale.ending for scale in encoding.scales)}
+    needed = {own, *(name_beside(stem, scale.ending) for scale in encoding.scales)}
     sizes = None
     if codes is None:
         faults.append(_missing(own, encoding.name, "qweight", needed, tensors))
-    elif codes.dtype != encoding.dtype:
-        faults.append(_wrong_dtype(codes, (encoding.dtype,), encoding.name, "qweight"))
+    elif codes.dtype not in encoding.dtypes:
+        faults.append(_wrong_dtype(codes, encoding.dtypes, encoding.name, "qweight"))
     else:
         sizes = encoding.sizes(codes)
         if sizes is None:
@@ -94,9 +105,9 @@ def _faults(encoding: Encoding, stem: str, tensors: Mapping[str, TensorInfo]) ->
                 Fault(own, f"has shape {list(codes.shape)}, which no weight has", "qweight")
             )
     for scale in encoding.scales:
-        info = tensors.get(stem + scale.ending)
+        name = name_beside(stem, scale.ending)
+        info = tensors.get(name)
         if info is None:
-            name = stem + scale.ending
             faults.append(_missing(name, encoding.name, scale.role, needed, tensors))
             continue
         if info.dtype not in scale.dtypes:
@@ -163,7 +174,7 @@ def _missing(
     name: str, what: str, role: str, needed: Iterable[str], tensors: Mapping[str, TensorInfo]
 ) -> Fault:
     there = sorted(other.rpartition(".")[2] for other in needed if other in tensors)
-    return Fault(name, f"is missing; {what} needs it beside {', '.join(there)}", role)
+    return Fault(name, f"is missing; {what} needs it beside {', '.join(there)}", role, True)
 
 
 def _wrong_dtype(info: TensorInfo, expected: Sequence[str], what: str, role: str) -> Fault:

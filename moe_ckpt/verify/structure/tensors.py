@@ -9,13 +9,14 @@ from ...dialects.dialect import COMPRESSED_TENSORS, MODELOPT
 from ...errors import show, show_some
 from ...layouts.roles import module_of
 from ...layouts.wrappers import family_of_config
+from ...runtimes import VLLM
 from ...source.checkpoint import INDEX
 from ...source.encodings import ENCODINGS, INPUT_NAMES
 from ...source.headers import TensorInfo
 from ..findings import UNCHECKED, WARNING, Findings
 from ..inventory import Inventory
 from ..subject import Subject
-from .completeness import COUNT, UNLIKE, experts_problems
+from .completeness import COUNT, MISSING, UNLIKE, experts_problems
 from .diagnosis import diagnose, stem_of
 from .naming import check_names
 
@@ -26,6 +27,10 @@ _SHAPES = {of.name: of.shape_ending for of in ENCODINGS if of.shape_ending}
 _PACKED_STACK = re.compile(r".+\.experts\.[^.]+_packed")
 _FUSED_LEAF = re.compile(r"((gate_up|gate|up|down)_proj|w[123]|w13|v1)(_.*)?")
 
+_NUMBER = (
+    "vLLM leaves what memory held in an expert that is missing, and drops one that is too many; "
+    "others stop"
+)
 # What happens at load time where a tensor of this role is missing or no such tensor.
 _EFFECTS = {
     "qweight": "vLLM checks no quantized model for weights that are missing: what memory held "
@@ -38,8 +43,8 @@ _EFFECTS = {
     "input_scale": "vLLM takes what memory held for NVFP4 and 1.0 for FP8, SGLang takes 1.0: "
     "nothing is said, and all experts of the layer get the largest",
     "leftover": "some runtimes stop at a name that they do not know, others drop it",
-    COUNT: "vLLM leaves what memory held in an expert that is missing, and drops one that is too "
-    "many; others stop",
+    MISSING: _NUMBER,
+    COUNT: _NUMBER,
     UNLIKE: "runtimes hold the experts of a layer in one tensor: they stop, or weights are wrong",
 }
 _NOT_READ = "whether its weights and scales are right, and what loads it, is not known here"
@@ -56,16 +61,20 @@ def check_structure(subject: Subject, inventory: Inventory, findings: Findings) 
     if not subject.unread:
         _check_weights(subject, inventory, findings)
         _check_leftovers(subject, inventory, findings)
+        static = any(module.format == "nvfp4" for module in inventory.quantized)
+        filled = {MISSING: (VLLM,), "input_scale": (VLLM,) if static else ()}
         for name, problem, kind in experts_problems(subject, inventory):
-            _add(findings, name, problem, _EFFECTS[kind])
+            _add(findings, name, problem, _EFFECTS[kind], filled.get(kind, ()))
         _check_detection(subject, inventory, findings)
     _check_fused(subject, inventory, findings)
     _check_alike(inventory, findings)
     _check_ranks(subject, inventory, findings)
 
 
-def _add(findings: Findings, where: str, problem: str, effect: str) -> None:
-    findings.add("structure", show(where), problem, effect)
+def _add(
+    findings: Findings, where: str, problem: str, effect: str, harms: tuple[str, ...] = ()
+) -> None:
+    findings.add("structure", show(where), problem, effect, harms=harms)
 
 
 def _count(subject: Subject, inventory: Inventory, findings: Findings) -> None:
@@ -144,7 +153,10 @@ def _check_weights(subject: Subject, inventory: Inventory, findings: Findings) -
         for fault in diagnose(stem, tensors, used):
             if fault.tensor in subject.lost:
                 continue
-            _add(findings, fault.tensor, fault.problem, _EFFECTS[fault.role])
+            # Experts without a scale, and codes of anything, are what memory held.
+            is_filled = fault.is_missing and (".experts." in stem or fault.role == "qweight")
+            harms = (VLLM,) if is_filled else ()
+            _add(findings, fault.tensor, fault.problem, _EFFECTS[fault.role], harms)
     for name, codes in subject.found.twice:
         _add(
             findings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import numpy as np
 
@@ -10,10 +11,14 @@ from ...dialects.matching import built_modules
 from ...errors import show, show_some
 from ...formats import find_format
 from ...planning.kv_cache import KV_SCALES
+from ...runtimes import RUNTIMES, SGLANG, VLLM
+from ...work.reader import SourceReader
 from ..findings import ERROR, WARNING, Findings
 from ..inventory import Inventory, Module, pairs_of
 from ..subject import Subject
-from .windows import Bad, bad_codes, bad_numbers, integers
+from .codes import lost_blocks
+from .plausible import check_levels
+from .windows import Bad, Looked, bad_codes, integers, look_at
 
 __all__ = ["GATE_UP", "check_scales"]
 
@@ -43,6 +48,12 @@ _DENSE_INPUT = "runtimes build them as one layer and use the largest, which lose
 # With these a checkpoint works, and is less accurate than it could be.
 _LOSSY = frozenset({_FP8, _INPUT, _DENSE_INPUT})
 
+_HARMED = (VLLM, SGLANG)  # those that use one scale for all, silently
+_NEAR = 1.25  # a matrix whose weights are wrong by less is less accurate, but no garbage
+_OF_BLOCKS = ("block_scale", "channel_scale")
+_ZEROS = "they decode to 0, as they should; a tool that inverts scales makes them NaN"
+_BLANK = "most matrices hold nothing at all, as in a file that was never written to"
+
 Values = Mapping[str, float]
 
 
@@ -60,9 +71,10 @@ def check_scales(
     }
     roles |= {name: "kv_scale" for name in tensors if name.endswith(KV_SCALES)}
     findings.counts["scales"] += len(roles)
-    bad, values = bad_numbers(shards, [tensors[name] for name in roles])
-    for found in bad:
+    looked = look_at(shards, [tensors[name] for name in roles])
+    for found in looked.bad:
         _add_bad(found, "scale", _WRONG[roles[found.tensor.name]], findings)
+    _check_zeros(subject, inventory, looked, roles, findings)
     if read_weights:
         codes = [
             info
@@ -73,8 +85,10 @@ def check_scales(
         findings.counts["FP8 weights"] += len(codes)
         for found in bad_codes(shards, codes):
             _add_bad(found, "weight", _NO_NUMBER, findings)
-    _check_experts(inventory, values, findings)
-    _check_linears(inventory, values, findings)
+    _check_experts(inventory, looked.values, findings)
+    _check_linears(inventory, looked.values, findings)
+    if not subject.unread:
+        check_levels(subject, inventory, looked, findings)
     _check_shapes(subject, inventory, findings)
 
 
@@ -83,7 +97,43 @@ def _add_bad(bad: Bad, what: str, effect: str, findings: Findings) -> None:
     more = f", and {bad.number - 1} more" if bad.number > 1 else ""
     above = " above 0" if what == "scale" else ""
     problem = f"{what} is {bad.first}{at}{more}; expected a finite number{above}"
-    findings.add("scales", show(bad.tensor.name), problem, effect)
+    findings.add("scales", show(bad.tensor.name), problem, effect, harms=RUNTIMES)
+
+
+def _check_zeros(
+    subject: Subject,
+    inventory: Inventory,
+    looked: Looked,
+    roles: Mapping[str, str],
+    findings: Findings,
+) -> None:
+    """Scales of 0 lose weights, unless all codes that they scale are 0, too."""
+    modules = {info.name: module for module in inventory.quantized for _, info in module.parts}
+    kept: list[Bad] = []
+    reader = SourceReader(subject.source.shards.values())
+    try:
+        for found in looked.zeros:
+            name, role = found.tensor.name, roles[found.tensor.name]
+            lost: Bad | None = found
+            if role in _OF_BLOCKS:
+                lost = lost_blocks(reader, modules[name], found)
+            if lost:
+                _add_bad(lost, "scale", _WRONG[role], findings)
+            else:
+                kept.append(found)
+        reader.check_unchanged()
+    finally:
+        reader.close()
+    blank = {found.tensor.name for found in kept if found.number == prod(found.tensor.shape)}
+    is_blank = 2 * len(blank) > len(list(inventory.quantized))
+    for found in kept:
+        where = show(found.tensor.name)
+        number = f"{found.number:,} scale{'s are' if found.number > 1 else ' is'} 0"
+        problem = f"{number}, the first at {list(found.position)}, over codes of 0"
+        if is_blank and found.tensor.name in blank:
+            findings.add("scales", where, problem, _BLANK, harms=RUNTIMES)
+        else:
+            findings.add("scales", where, problem, _ZEROS, WARNING)
 
 
 def _check_experts(inventory: Inventory, values: Values, findings: Findings) -> None:
@@ -137,7 +187,14 @@ def _refuse_unequal(
             is_fp8 = role == "global_scale" and modules[0].format == "fp8-tensor"
             then = _FP8 if is_fp8 else effect
             grade = WARNING if then in _LOSSY else ERROR
-            findings.add("scales", show(name), problem, then, grade)
+            harms = _HARMED if grade == ERROR and _are_far(value, found[0][1]) else ()
+            findings.add("scales", show(name), problem, then, grade, harms=harms)
+
+
+def _are_far(one: float, other: float) -> bool:
+    """Whether using one for the other is more than lost accuracy."""
+    least, most = sorted((one, other))
+    return not 0 < most <= _NEAR * least
 
 
 def _refuse_unequal_inputs(

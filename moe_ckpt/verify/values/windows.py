@@ -16,8 +16,9 @@ from ...source.headers import Shard, TensorInfo
 from ...source.items import DTYPES, numbers
 from ...source.stored import Read
 from ...work.reader import SourceReader
+from .levels import Level, joined, level_of
 
-__all__ = ["Bad", "bad_codes", "bad_numbers", "integers"]
+__all__ = ["Bad", "Looked", "bad_codes", "integers", "look_at"]
 
 T = TypeVar("T")
 
@@ -51,14 +52,23 @@ class _Window(NamedTuple):
     runs: list[_Run]
 
 
-def bad_numbers(
-    shards: Iterable[Shard], tensors: Iterable[TensorInfo]
-) -> tuple[list[Bad], dict[str, float]]:
-    """Scales that are not finite numbers above 0, and the value of each that is one number.
+class Looked(NamedTuple):
+    """What was seen of scales: those that are wrong, and how large the others are.
 
-    Floats as they are; bytes are powers of two, as E8M0 has them.
+    ``bad`` has tensors with elements that are not finite, or below 0; ``zeros`` those with some
+    that are 0. ``values`` holds each that is one number, ``levels`` those that are several.
     """
+
+    bad: list[Bad]
+    zeros: list[Bad]
+    values: dict[str, float]
+    levels: dict[str, Level]
+
+
+def look_at(shards: Iterable[Shard], tensors: Iterable[TensorInfo]) -> Looked:
+    """Read scales: floats as they are; bytes are powers of two, as E8M0 has them."""
     values: dict[str, float] = {}
+    pieces: dict[str, dict[int, Level]] = {}
 
     def look(run: _Run, raw: NDArray[np.uint8]) -> list[Bad]:
         dtype = run.tensors[0].dtype
@@ -66,16 +76,32 @@ def bad_numbers(
         if len(run.tensors) == len(items):
             found = numbers(items, dtype)
             values.update(zip((info.name for info in run.tensors), found.tolist(), strict=True))
-        return _bad(run, items, _wrong_number, dtype)
+        else:
+            for info, of_it in _items_of(run, items):
+                if info.nbytes == of_it.itemsize:
+                    values[info.name] = float(numbers(of_it, dtype)[0])
+                else:
+                    pieces.setdefault(info.name, {})[run.skipped] = level_of(of_it, dtype)
+        wrong = _wrong_number(items, dtype)
+        if not wrong.any():
+            return []
+        is_zero = numbers(items, dtype) == 0
+        return _bad(run, items, wrong & ~is_zero, dtype) + _bad(run, items, is_zero, dtype)
 
-    return _over(shards, tensors, look), values
+    found = _over(shards, tensors, look)
+    return Looked(
+        [bad for bad in found if bad.first != 0],
+        [bad for bad in found if bad.first == 0],
+        values,
+        {name: joined(level for _, level in sorted(of.items())) for name, of in pieces.items()},
+    )
 
 
 def bad_codes(shards: Iterable[Shard], tensors: Iterable[TensorInfo]) -> list[Bad]:
     """Weights in E4M3 with codes that are no number, 0x7F and 0xFF."""
 
     def look(run: _Run, raw: NDArray[np.uint8]) -> list[Bad]:
-        return _bad(run, raw, lambda items, _: (items & 0x7F) == 0x7F, "F8_E4M3")
+        return _bad(run, raw, (raw & 0x7F) == 0x7F, "F8_E4M3")
 
     return _over(shards, tensors, look)
 
@@ -108,27 +134,29 @@ def _wrong_number(items: NDArray[Any], dtype: str) -> NDArray[np.bool_]:
     return wrong
 
 
-def _bad(
-    run: _Run,
-    items: NDArray[Any],
-    wrong: Callable[[NDArray[Any], str], NDArray[np.bool_]],
-    dtype: str,
-) -> list[Bad]:
-    """The tensors of a run that have wrong elements."""
-    mask = wrong(items, dtype)
-    if not mask.any():
-        return []
-    found = []
+def _items_of(run: _Run, items: NDArray[Any]) -> Iterator[tuple[TensorInfo, NDArray[Any]]]:
+    """The items of each tensor of a run."""
     start = 0
     for info in run.tensors:
         count = prod(info.shape) if len(run.tensors) > 1 else len(items)
-        of_it = np.flatnonzero(mask[start : start + count])
-        if len(of_it):
-            first = int(of_it[0])
-            value = float(numbers(items[start + first : start + first + 1], dtype)[0])
-            at = np.unravel_index(run.skipped + first, info.shape)
-            found.append(Bad(info, len(of_it), value, tuple(map(int, at))))
+        yield info, items[start : start + count]
         start += count
+
+
+def _bad(run: _Run, items: NDArray[Any], wrong: NDArray[np.bool_], dtype: str) -> list[Bad]:
+    """The tensors of a run that have wrong elements."""
+    if not wrong.any():
+        return []
+    found = []
+    for (info, of_it), (_, is_wrong) in zip(
+        _items_of(run, items), _items_of(run, wrong), strict=True
+    ):
+        at_all = np.flatnonzero(is_wrong)
+        if len(at_all):
+            first = int(at_all[0])
+            value = float(numbers(of_it[first : first + 1], dtype)[0])
+            at = np.unravel_index(run.skipped + first, info.shape)
+            found.append(Bad(info, len(at_all), value, tuple(map(int, at))))
     return found
 
 
@@ -137,7 +165,7 @@ def _over(
     tensors: Iterable[TensorInfo],
     look: Callable[[_Run, NDArray[np.uint8]], list[Bad]],
 ) -> list[Bad]:
-    """What is found in all tensors, one `Bad` for each."""
+    """What is found in all tensors, one `Bad` for each, and one for its zeros."""
     reader = SourceReader(shards)
 
     def work(window: _Window) -> list[Bad]:
@@ -145,13 +173,14 @@ def _over(
         reader.read(window.read, 0, raw.data)
         return [bad for run in window.runs for bad in look(run, raw[run.start : run.stop])]
 
-    found: dict[str, Bad] = {}
+    found: dict[tuple[str, bool], Bad] = {}
     try:
         for some in _in_order(work, _windows(tensors)):
             for bad in some:
-                known = found.setdefault(bad.tensor.name, bad)
+                key = bad.tensor.name, bad.first == 0
+                known = found.setdefault(key, bad)
                 if known is not bad:
-                    found[bad.tensor.name] = known._replace(number=known.number + bad.number)
+                    found[key] = known._replace(number=known.number + bad.number)
         reader.check_unchanged()
     finally:
         reader.close()

@@ -121,16 +121,20 @@ INDEX_CASES = [
     Case(
         "index that names another shard", mapped(S1), (f"{INDEX}: {NORM}: is in {S2}, not in {S1}",)
     ),
-    Case("a tensor in two shards", in_two_shards, (f"{NORM}: is in two shards, {S2} and",)),
+    Case(
+        "a tensor in two shards, and no index",
+        lambda folder: (in_two_shards(folder), (folder / "in" / INDEX).unlink()),
+        (f"{NORM}: is in two shards, {S2} and", f"there is no {INDEX}", '"weight_map"'),
+    ),
     Case(
         "stale index beside a single file",
         lambda folder: shutil.copy(folder / "in" / S1, folder / "in" / "model.safetensors"),
         ("model.safetensors: stands beside", "Remove the stale one"),
     ),
     Case(
-        "no index for two shards",
-        lambda folder: (folder / "in" / INDEX).unlink(),
-        (f"{INDEX}: is missing", "2 .safetensors files", "download the index"),
+        "no index, and a shard is lost",
+        lambda folder: [(folder / "in" / name).unlink() for name in (S1, INDEX)],
+        (f"{S1}: shard is missing", "download it"),
     ),
     Case(
         "index with an escape in the name of a tensor",
