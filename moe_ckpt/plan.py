@@ -17,6 +17,7 @@ from typing import NamedTuple
 from .dtypes import itemsize, nbytes_of
 from .formats import UNQUANTIZED, Part
 from .layouts import Experts
+from .loaders.loader import Verdict
 from .origin import Origin
 from .source.checkpoint import SideFile
 from .source.headers import Shard
@@ -159,14 +160,15 @@ class Plan:
     """A conversion, decided.
 
     ``files`` are the configuration files, name -> text, in the order they are written.
-    ``experts_as`` is "split" or "fused"; ``runtimes`` are the runtimes known to read the result.
+    ``experts_as`` is "split" or "fused"; ``verdicts`` say for every runtime whether it loads the
+    result, and why it does not.
     ``formats``: format -> how many matrices become that, those of experts first.
     """
 
     root: Path
     model_type: str
     family: str
-    runtimes: tuple[str, ...]
+    verdicts: tuple[Verdict, ...]
     formats: Mapping[str, int]
     dialect: str
     experts_as: str
@@ -183,6 +185,11 @@ class Plan:
     notes: tuple[str, ...]
     warnings_by_kind: Mapping[str, tuple[str, ...]]
     origin: Origin
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """The runtimes that load the result."""
+        return tuple(verdict.runtime for verdict in self.verdicts if verdict.loads)
 
     @property
     def warnings(self) -> tuple[str, ...]:

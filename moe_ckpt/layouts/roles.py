@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
-__all__ = ["Aside", "amax_groups", "is_matrix", "is_multi_token", "module_of", "reason_to_keep"]
-__all__ += ["set_aside"]
+__all__ = ["Aside", "amax_groups", "have_one_scale", "is_matrix", "is_multi_token", "module_of"]
+__all__ += ["reason_to_keep", "set_aside"]
 
 _LAYER = re.compile(r"(.+?)\.([0-9]{1,9})\.")
 
@@ -63,6 +63,11 @@ _SHARED_INPUTS: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = (
     (re.compile(r""), frozenset({"input_mix_weight_down", "block_inject_weight"})),  # qwen4_exp
     (re.compile(r"ple$"), frozenset({"key_proj", "value_proj"})),  # qwen4_exp
 )
+
+
+# Those of them that runtimes take for parts of one matrix that was cut, so that SGLang has more
+# places for scales than there are matrices: one scale, whatever ModelOpt's formats do elsewhere.
+_ONE_SCALE = frozenset({"in_proj_qkv", "in_proj_z"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,3 +146,14 @@ def amax_groups(modules: Iterable[tuple[str, int]]) -> list[tuple[str, ...]]:
                 break
         groups.setdefault(key, []).append(module)
     return [tuple(group) for group in groups.values()]
+
+
+def have_one_scale(modules: Iterable[str]) -> bool:
+    """Whether linear layers share a scale in every format that has one for a matrix.
+
+    >>> have_one_scale(["l.0.linear_attn.in_proj_qkv", "l.0.linear_attn.in_proj_z"])
+    True
+    >>> have_one_scale(["l.0.self_attn.q_proj", "l.0.self_attn.k_proj"])
+    False
+    """
+    return {module.rpartition(".")[2] for module in modules} == _ONE_SCALE

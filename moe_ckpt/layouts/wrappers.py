@@ -16,7 +16,7 @@ from .family import Family
 from .sizes import model_type_of
 from .table import find_family
 
-__all__ = ["WRAPPERS", "Wrapper", "family_of_config"]
+__all__ = ["TEXT_CONFIGS", "WRAPPERS", "Wrapper", "family_of_config"]
 
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 

@@ -129,7 +129,7 @@ class Calibration:
             found.append(f"no statistics, and so input scale 1.0: {show_some(self.constant)}")
         modules = {module_of(name) for name in tensors}
         fused = {name for name in tensors if not name.endswith(".weight")}
-        known = self._known | modules | fused
+        known = self._known | modules | fused | {*self._names_of_experts()}
         unknown = [path for name, path in self.stats.paths.items() if name not in known]
         if unknown:
             found.append(
@@ -137,6 +137,18 @@ class Calibration:
                 f"{show_some(unknown)}"
             )
         return tuple(found)
+
+    def _names_of_experts(self) -> Iterator[str]:
+        """What experts may be called, those that are not quantized as well."""
+        for experts in self.detection.experts:
+            names = self._fused_names(experts, is_down=False) | self._fused_names(
+                experts, is_down=True
+            )
+            for prefix in {experts.output, experts.source}:
+                numbers = range(experts.first, experts.first + experts.num_experts)
+                names.update(f"{prefix}.{n}.{p}" for n in numbers for p in experts.projections)
+            for name in names:
+                yield from self._names(name)
 
     def _fused_names(self, experts: Experts, *, is_down: bool) -> set[str]:
         """What the layer's stacked projection may be called, in this file or in transformers."""

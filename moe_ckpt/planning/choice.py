@@ -11,8 +11,11 @@ from ..errors import CheckpointError, Problems, RecipeError, show, show_some
 from ..layouts import Detection, Experts
 from ..layouts.places import expert_modules
 from ..layouts.roles import amax_groups, is_matrix, module_of, reason_to_keep, set_aside
+from ..loaders.judge import is_built_plain
 from ..source.headers import TensorInfo
 from .recipe import KEEP, Recipe
+
+_BUILT_PLAIN = "built in 16 bits by every runtime"
 
 __all__ = ["Choice", "choose", "format_of_experts"]
 
@@ -50,9 +53,18 @@ def format_of_experts(found: Experts, recipe: Recipe, problems: Problems) -> str
 
 
 def choose(
-    tensors: Mapping[str, TensorInfo], detection: Detection, recipe: Recipe, problems: Problems
+    tensors: Mapping[str, TensorInfo],
+    detection: Detection,
+    recipe: Recipe,
+    problems: Problems,
+    *,
+    method: str,
 ) -> Choice:
-    """Sort the tensors outside the experts."""
+    """Sort the tensors outside the experts.
+
+    ``method``: the ``quant_method`` that the output will have.
+    """
+    output_name = detection.output_name
     consumed = {name for found in detection.experts for name in found.tensors}
     candidates: list[tuple[str, int]] = []
     copies: list[tuple[str, str]] = []
@@ -71,15 +83,19 @@ def choose(
             copies.append((name, part.reason))
             inside = aside.setdefault(part.prefix, [])
             if matrix:
-                inside.append(detection.output_name(_without_expert(module)))
+                inside.append(output_name(_without_expert(module)))
             continue
         reason = reason_to_keep(module) if matrix else "not a matrix"
+        if reason is None and is_built_plain(
+            detection.family, detection.model_type, method, output_name(module)
+        ):
+            reason = _BUILT_PLAIN
         if reason is None and info.dtype in FLOATS:
             candidates.append((module, info.shape[1]))
             continue
         copies.append((name, reason or "not a matrix of numbers"))
         if matrix and reason != "embedding":
-            kept.append(detection.output_name(module))
+            kept.append(output_name(module))
     if coded:
         problems.add(
             CheckpointError,
@@ -93,9 +109,9 @@ def choose(
     for group in amax_groups(candidates):
         formats: dict[str, str] = {}
         for module in group:
-            formats.setdefault(recipe.format_of(detection.output_name(module)), module)
+            formats.setdefault(recipe.format_of(output_name(module)), module)
         if len(formats) > 1:
-            each = [f"{detection.output_name(m)} {chosen}" for chosen, m in formats.items()]
+            each = [f"{output_name(m)} {chosen}" for chosen, m in formats.items()]
             problems.add(
                 RecipeError,
                 f"{recipe.file}: {show_some(each)}: runtimes build these as one module, and they "
@@ -106,7 +122,7 @@ def choose(
             linears.append((group, chosen))
             continue
         copies += ((f"{module}.weight", reason_kept) for module in group)
-        kept += (detection.output_name(module) for module in group)
+        kept += (output_name(module) for module in group)
     recipe.refuse_unused(never, problems)
     return Choice(tuple(linears), tuple(copies), tuple(kept), aside)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..dialects import Dialect, runtimes_of_spelling
+from ..dialects import Dialect
 from ..errors import LayoutError, show, show_some
 from ..formats import UNQUANTIZED
 from ..layouts import Detection
 from ..runtimes import TRANSFORMERS
 
-__all__ = ["EXPERTS", "form_of_experts", "runtime_warnings", "runtimes_of_output"]
+__all__ = ["EXPERTS", "form_of_experts", "runtime_warnings"]
 
 EXPERTS = ("auto", "split", "fused")
 
@@ -65,25 +65,6 @@ def form_of_experts(
     return form
 
 
-def runtimes_of_output(
-    detection: Detection,
-    form: str,
-    dialect: Dialect,
-    of_experts: Sequence[str],
-    formats: Sequence[str],
-) -> tuple[str, ...]:
-    """The runtimes that read the model, its experts in this form, and all its formats."""
-    family = detection.family
-    known = set(family.split_runtimes(detection.model_type))
-    if form == "fused":
-        known = set.intersection(*(set(family.fused_runtimes.get(f, ())) for f in of_experts))
-    if family.renamed_in_transformers and set(formats) != {UNQUANTIZED}:
-        known.discard(TRANSFORMERS)
-    linears = [name for name in formats if name not in of_experts]
-    spelled = runtimes_of_spelling(dialect, of_experts, linears)
-    return tuple(name for name in spelled if name in known)
-
-
 def runtime_warnings(
     detection: Detection,
     form: str,
@@ -94,7 +75,7 @@ def runtime_warnings(
 ) -> tuple[str, ...]:
     """What the user should know before relying on a runtime.
 
-    ``runtimes``: what `runtimes_of_output` found.
+    ``runtimes``: those that load it.
     ``part_blocks``: linear layers that end in a part of a block.
     """
     family, model_type = detection.family, show(detection.model_type)

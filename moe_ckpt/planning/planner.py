@@ -26,6 +26,8 @@ from ..layouts.roles import amax_groups
 from ..layouts.strays import with_mtp_shards
 from ..layouts.unwrapping import Changes, unwrap, without_wrappers
 from ..limits import parse_size
+from ..loaders.judge import verdicts_on
+from ..loaders.loader import Written, text_types_of
 from ..plan import OutShard, Plan
 from ..source.checkpoint import RECIPE_FILE, Source, open_source
 from ..source.stored import Encoded
@@ -34,7 +36,7 @@ from .amax_file import read_amax
 from .assignment import Assigned, assign, formats_of_experts
 from .calibration import Calibration
 from .choice import Choice, choose
-from .expert_form import form_of_experts, runtime_warnings, runtimes_of_output
+from .expert_form import form_of_experts, runtime_warnings
 from .kv_cache import KV_SCALES, kv_cache_units, scale_name
 from .options import Options, PlanOptions
 from .provenance import origin_of
@@ -158,7 +160,9 @@ class _Planner:
                 stats, detection, self.asked.missing_stats == "constant", self.changes
             )
         wishes = formats_of_experts(detection, self.recipe, problems)
-        choice = choose(self.weights.tensors, detection, self.recipe, problems)
+        choice = choose(
+            self.weights.tensors, detection, self.recipe, problems, method=self.dialect.name
+        )
         if not choice.linears and set(wishes) == {KEEP}:
             problems.add(
                 RecipeError,
@@ -199,15 +203,13 @@ class _Planner:
         )
         self._refuse_collisions(shards)
         formats = self._count(choice, assigned)
-        of_experts = tuple(dict.fromkeys(assigned.experts))
-        runtimes = runtimes_of_output(
-            detection, self.form, self.dialect, of_experts, tuple(formats)
-        )
+        verdicts = verdicts_on(self._written(assigned))
+        runtimes = tuple(verdict.runtime for verdict in verdicts if verdict.loads)
         return Plan(
             root=source.root,
             model_type=detection.model_type,
             family=detection.family.name,
-            runtimes=runtimes,
+            verdicts=verdicts,
             formats=formats,
             dialect=self.dialect.name,
             experts_as=self.form,
@@ -291,6 +293,21 @@ class _Planner:
             counts[name] += len(group)
         counts.update(assigned.stays.values())
         return dict(counts)
+
+    def _written(self, assigned: Assigned) -> Written:
+        """What is written, as far as loaders look at it."""
+        made = assigned.assignment
+        is_plain = set(made.formats) <= {UNQUANTIZED}
+        return Written(
+            model_type=self.detection.model_type,
+            text_types=text_types_of(self.source.config),
+            family=self.detection.family,
+            method="" if is_plain else self.dialect.name,
+            form=self.form,
+            experts=tuple(dict.fromkeys(assigned.experts)),
+            linears={name: made.linears[name] for name in made.linears if name != UNQUANTIZED},
+            kept=made.kept,
+        )
 
     def _resolved(self, assigned: Assigned) -> str:
         """The recipe that names every module."""

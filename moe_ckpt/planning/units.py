@@ -13,7 +13,7 @@ from ..formats import Part, QuantFormat, find_format
 from ..formats.fitting import formats_that_fit
 from ..layouts import Detection, Experts, Side
 from ..layouts.places import expert_modules, place_of_experts, place_of_linears
-from ..layouts.roles import module_of
+from ..layouts.roles import have_one_scale, module_of
 from ..plan import Job, Output, OutTensor
 from ..source.headers import TensorInfo
 from ..source.stored import Encoded, Place
@@ -21,7 +21,7 @@ from ..source.weights import Weights
 from .calibration import Calibration
 from .shards import CopyUnit, QuantUnit
 
-__all__ = ["UnitMaker", "split_biases"]
+__all__ = ["UnitMaker", "share_amax", "split_biases"]
 
 _BIAS = "bias of routed experts"
 
@@ -118,7 +118,7 @@ class UnitMaker:
                 f"{show_some(info.name for info in infos)}: read the same input and must share a "
                 "scale, but differ in dtype",
             )
-        together = target.shares_dense_amax and alike
+        together = share_amax(group, target) and alike
         return [
             QuantUnit((self._linear_job(members, amax, target),))
             for members in ([infos] if together else [[info] for info in infos])
@@ -235,6 +235,12 @@ class UnitMaker:
             f"{show(what)}: has {rows}{k} columns, {target.name} needs a multiple of "
             f"{target.k_multiple}; use {formats_that_fit(shapes)}",
         )
+
+
+def share_amax(modules: Sequence[str], target: QuantFormat) -> bool:
+    """Whether linear layers that read the same input share a weight amax in a format."""
+    has_one = target.scale is not None and target.scale.is_scalar
+    return target.shares_dense_amax or (has_one and have_one_scale(modules))
 
 
 def split_biases(weights: Weights, found: Experts, side: Side) -> Iterator[CopyUnit]:

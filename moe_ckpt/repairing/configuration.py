@@ -74,7 +74,7 @@ def written_from_tensors(subject: Subject) -> Written:
             "convert` gives them back those they read"
         )
     problems = Problems()
-    choice = choose(weights.tensors, detection, Recipe(()), problems)
+    choice = choose(weights.tensors, detection, Recipe(()), problems, method=dialect.name)
     problems.check()
     assigned = assign(
         subject.config,

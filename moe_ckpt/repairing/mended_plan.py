@@ -204,7 +204,7 @@ def _plan(subject: Subject, outlook: Subject, shards: tuple[OutShard, ...], aske
         root=subject.root,
         model_type=model_type_of(subject.config),
         family=detection.family.name if detection else "",
-        runtimes=(),
+        verdicts=(),
         formats=formats or {UNQUANTIZED: 0},
         dialect=dialect.name,
         experts_as="split" if any(e.layout == "split" for e in experts) else "fused",

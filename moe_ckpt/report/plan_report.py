@@ -29,6 +29,15 @@ def plan_document(plan: Plan, limits: Limits | None = None) -> dict[str, Any]:
         "model_type": plan.model_type,
         "family": plan.family,
         "loads_in": list(plan.runtimes),
+        "runtimes": [
+            {
+                "name": verdict.runtime,
+                "loads": not verdict.why_not,
+                "why_not": verdict.why_not,
+                "garbage": verdict.garbage,
+            }
+            for verdict in plan.verdicts
+        ],
         "formats": dict(plan.formats),
         "dialect": plan.dialect,
         "experts_as": plan.experts_as,
@@ -95,6 +104,9 @@ def plan_lines(plan: Plan, limits: Limits | None = None) -> Iterator[str]:
     yield f"Dialect   {plan.dialect}: {find_dialect(plan.dialect).summary}"
     elsewhere = "" if TRANSFORMERS in plan.runtimes else "; not in transformers"
     yield f"Loads in  {_list(plan.runtimes) or 'no runtime known'}{elsewhere}"
+    for name, why_not, garbage in plan.verdicts:
+        if name != TRANSFORMERS and (why_not or garbage):
+            yield f"Not in    {name}: {why_not or f'it computes garbage: {garbage}'}"
     yield ""
     rows = [
         (

@@ -110,7 +110,11 @@ def test_runtimes():
         "SGLang",
         "TensorRT-LLM",
     )
-    assert runtimes_of_spelling(modelopt, ["nvfp4"], ["mxfp8"]) == ("vLLM", "TensorRT-LLM")
+    assert runtimes_of_spelling(modelopt, ["nvfp4"], ["mxfp8"]) == (
+        "vLLM",
+        "SGLang",
+        "TensorRT-LLM",
+    )
     every = ("vLLM", "SGLang", "transformers")
     assert runtimes_of_spelling(ct, ["int4-g32"], ["fp8-channel", "bf16"]) == every
     assert runtimes_of_spelling(ct, ["fp8-tensor", "bf16"], ["int4-g32"]) == every

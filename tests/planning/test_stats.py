@@ -340,3 +340,27 @@ def test_a_list_covers_all_groups_of_experts(tmp_path):
     file = stats_file(tmp_path, {name: {"input_amax": amax} for name, amax in modules.items()})
     with pytest.raises(StatsError, match="has 2 entries, the layer has 4 experts"):
         moe_ckpt.make_plan(folder, stats=[file])
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_statistics_of_experts_that_stay_are_not_called_unknown(tmp_path, is_fused):
+    """However transformers names them: it holds all experts of a layer in one tensor."""
+    tensors = {f"{ATTENTION}.{p}_proj.weight": ("BF16", [H, H]) for p in "qkvo"}
+    tensors |= {
+        f"{EXPERTS}.{e}.{p}_proj.weight": ("BF16", [H, I] if p == "down" else [I, H])
+        for e in range(E)
+        for p in ("gate", "up", "down")
+    }
+    config = {"model_type": "qwen3_moe", "num_experts": E, "moe_intermediate_size": I}
+    config |= {"hidden_size": H, "num_hidden_layers": 1}
+    source = write_headers(tmp_path / "split", {"model.safetensors": tensors}, config)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'[[rule]]\nmatch = "{ATTENTION}.*"\nformat = "nvfp4"\n')
+    known = {f"{ATTENTION}.{p}_proj": {"input_amax": 3.0} for p in "qkvo"}
+    names = ("gate_up_proj", "down_proj") if is_fused else ("0.up_proj", "2.down_proj")
+    known |= {f"{EXPERTS}.{name}": {"input_amax": 5.0} for name in names}
+    plan = moe_ckpt.make_plan(source, recipe=recipe, stats=[stats_file(tmp_path, known)])
+    assert not [text for text in plan.warnings if "does not have" in text]
+    known["model.layers.0.mlp.exports.down_proj"] = {"input_amax": 5.0}
+    plan = moe_ckpt.make_plan(source, recipe=recipe, stats=[stats_file(tmp_path, known)])
+    assert [text for text in plan.warnings if "exports" in text]

@@ -21,7 +21,7 @@ ORDER = (
     ("dialects",),
     ("source",),
     ("layouts", "kernels"),
-    ("engines",),
+    ("loaders", "engines"),
     ("origin",),
     ("plan",),
     ("texts", "result"),

@@ -245,10 +245,20 @@ def test_blocks_of_json_and_toml_parse():
                 tomllib.loads(block.text)
 
 
+def generator(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_loaders_is_what_they_did():
+    generate = generator("generate_loads")
+    assert generate.PAGE.read_text() == generate.page(), "run python docs/generate_loads.py"
+
+
 def test_the_page_of_commands_is_what_the_commands_say():
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
+    generate = generator("generate")
     assert generate.PAGE.read_text() == generate.page(), "run python docs/generate.py"
     kinds = [getattr(errors, name) for name in errors.__all__ if name.endswith("Error")]
     codes = {str(kind.exit_code) for kind in kinds} | {"0", "129", "130", "143"}

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from kit.files import FIXTURES
 from kit.stored_as import CT_CHANNEL, FP8
-from kit.tampering import add, copy, delete, edit_json, float32, listed, quantization
+from kit.tampering import add, change, copy, delete, edit_json, float32, listed, poke, quantization
 
 import moe_ckpt
 from moe_ckpt.dialects.matching import Built
@@ -56,7 +56,7 @@ def convert(folder, name, dialect, model="qwen3_moe_wide", **options):
     ("base", "edit", "where", "texts"),
     [
         (NVFP4, remove("lm_head"), "lm_head", ("not quantized", "vLLM", "it is nvfp4")),
-        (NVFP4, remove(ROUTER), ROUTER, ("not quantized", "SGLang", "it is nvfp4")),
+        (NVFP4, remove(ROUTER), ROUTER, ("not quantized", "vLLM", "it is nvfp4")),
         (
             NVFP4_EXPERTS,
             remove("model.layers.0.self_attn*"),
@@ -252,11 +252,11 @@ def test_words_without_quantized_weights_are_found(tmp_path):
         (
             lambda said: said.update(ignored_layers=["lm_head"]),
             ROUTER,
-            ("and vLLM and SGLang read that it is fp8-block",),
+            ("and vLLM read that it is fp8-block",),
         ),
         (
             lambda said: said.update(ignored_layers=said.pop("modules_to_not_convert")),
-            ROUTER,
+            QKV,
             ("and TensorRT-LLM and transformers read that it is fp8-block",),
         ),
         (append("model.layers.0.mlp.experts"), LAYER, ("is fp8-block", "vLLM")),
@@ -446,16 +446,16 @@ def test_sizes_that_are_not_those_of_config_are_found(tmp_path):
     ("folder", "runtime", "why_not"),
     [
         ("qwen3_moe/modelopt-nvfp4", "vLLM", ""),
-        ("qwen3_moe/modelopt-nvfp4", "transformers", "codes for weights"),
+        ("qwen3_moe/modelopt-nvfp4", "transformers", "codes of another shape"),
         ("qwen3_moe/modelopt-nvfp4-w4a16", "SGLang", "4 bits"),
         ("qwen3_moe/modelopt-fp8-channel", "vLLM", "each row"),
         ("qwen3_moe_wide/modelopt-fp8-block", "SGLang", "each block"),
         ("qwen3_moe_wide/modelopt-fp8-block", "TensorRT-LLM", ""),
         ("qwen3_moe_wide/modelopt-mxfp4", "vLLM", "no algorithm MXFP4"),
-        ("qwen3_moe_wide/modelopt-mxfp8", "SGLang", "weight_scale_inv"),
+        ("qwen3_moe_wide/modelopt-mxfp8", "SGLang", ""),
         ("qwen3_moe_wide/modelopt-mxfp8", "vLLM", ""),
-        ("gpt_oss/modelopt-nvfp4", "SGLang", ""),
-        ("gpt_oss/modelopt-nvfp4", "vLLM", "without their scales"),
+        ("gpt_oss/modelopt-nvfp4", "SGLang", "they stop"),
+        ("gpt_oss/modelopt-nvfp4", "vLLM", "they stop"),
         ("mixtral/modelopt-nvfp4", "TensorRT-LLM", ""),
     ],
 )
@@ -463,6 +463,53 @@ def test_runtimes_that_load_it_are_named(folder, runtime, why_not):
     found = {of.name: of.why_not for of in verify(FIXTURES / folder).runtimes}
     assert why_not in found[runtime]
     assert bool(why_not) == bool(found[runtime])
+
+
+def test_scales_in_a_dtype_that_runtimes_convert_are_found(tmp_path):
+    """The bits of E8M0 are those of U8, and its numbers are not."""
+    folder = copy(MXFP8, tmp_path)
+    assert verify(folder).found == []
+    name = f"{LAYER}.0.up_proj.weight_scale"
+    change(folder, name, dtype="F8_E8M0")
+    found = verify(folder)
+    assert name in [f.where for f in found.found]
+    assert "F8_E8M0 by value" in {of.name: of.garbage for of in found.runtimes}["vLLM"]
+
+
+def test_what_runtimes_build_in_16_bits_need_not_be_listed(tmp_path):
+    """The router of DeepSeek is a class of its own everywhere; vLLM builds Qwen3's of the list."""
+    source = FIXTURES / "deepseek_v3" / "source"
+    moe_ckpt.convert(source, tmp_path / "out", format="fp8-channel")
+    quantization(tmp_path / "out", lambda said: said["ignore"].clear())
+    found = {f.where for f in verify(tmp_path / "out").found}
+    assert "model.layers.1.mlp.gate" not in found
+    assert found
+
+
+@pytest.mark.parametrize(
+    ("folder", "runtime", "garbage"),
+    [
+        ("qwen3_moe/modelopt-fp8", "transformers", "codes for weights"),
+        ("qwen3_moe/modelopt-fp8", "SGLang", ""),
+        ("qwen3_moe_wide/modelopt-mxfp8", "transformers", "codes for weights"),
+        ("deepseek_v3/modelopt-fp8", "SGLang", "weight scale of q_a_proj"),
+        ("deepseek_v3/modelopt-fp8", "vLLM", ""),
+    ],
+)
+def test_runtimes_that_load_it_and_compute_garbage_are_named(folder, runtime, garbage):
+    found = {of.name: of for of in verify(FIXTURES / folder).runtimes}
+    assert found[runtime].loads
+    assert garbage in found[runtime].garbage
+    assert bool(garbage) == bool(found[runtime].garbage)
+
+
+def test_a_scale_that_is_no_number_makes_garbage_of_it(tmp_path):
+    folder = copy(NVFP4, tmp_path)
+
+    poke(folder, f"{LAYER}.0.up_proj.weight_scale_2", float32(float("nan")))
+    found = {of.name: of for of in verify(folder).runtimes}
+    assert found["vLLM"].loads
+    assert "weight_scale_2" in found["vLLM"].garbage
 
 
 def test_a_release_of_deepseek_lists_neither_head_nor_router():

@@ -141,8 +141,7 @@ ALGORITHMS = (
             "mxfp8",
             "MXFP8",
             _BLOCKS,
-            (VLLM, TRTLLM),
-            why_not={SGLANG: "it wants the scales as weight_scale_inv"},  # fp8.py, use_mxfp8
+            _ALL,
         ),
         is_grouped=False,
         keys_beside=_KEYS_BESIDE,

@@ -13,6 +13,8 @@ from ...errors import show, show_some
 from ...formats import UNQUANTIZED, find_format
 from ...layouts.roles import reason_to_keep
 from ...layouts.sizes import model_type_of
+from ...loaders.judge import LOADERS
+from ...loaders.loader import text_types_of
 from ...runtimes import RUNTIMES, SGLANG, TRANSFORMERS, TRTLLM, VLLM
 from ..findings import Findings, Runtime
 from ..inventory import Inventory, Module
@@ -20,7 +22,7 @@ from ..subject import Subject
 from ..values.scale_values import GATE_UP
 from .agreement import check_kv_cache, check_single_experts, check_two_files
 from .inputs import check_inputs
-from .verdicts import runtimes_of
+from .verdicts import check_recast, runtimes_of
 
 __all__ = ["built_from", "check_config", "readings_by_runtime"]
 
@@ -28,8 +30,6 @@ _HEAD = "lm_head"
 _HEAD_OF_DEEPSEEK_V4 = "head"
 # Of these runtimes build none that a configuration could make quantized.
 _NEVER_BUILT = ("embedding", "norm", "convolution")
-# Families whose router no runtime builds from the configuration, and whose releases do not list it.
-_PLAIN_ROUTERS = ("deepseek", "kimi", "glm_moe_dsa")
 
 _READ_AS_QUANTIZED = (
     "they build it quantized and find no scales: loading stops, or what memory held stands in for "
@@ -54,10 +54,12 @@ def check_config(subject: Subject, inventory: Inventory, findings: Findings) -> 
         findings.runtimes += [Runtime(name, unknown=reason) for name in RUNTIMES]
         return
     runtimes = [_after_scales(r, subject, findings) for r in runtimes_of(subject, inventory)]
-    misled = _check(subject, inventory, {r.name for r in runtimes if r.loads}, findings)
+    check_recast(inventory, findings)
+    loading = {r.name for r in runtimes if r.loads and not r.garbage}
+    misled = _check(subject, inventory, loading, findings)
     findings.runtimes += [
         runtime._replace(why_not="it builds modules otherwise than they are, see above")
-        if runtime.loads and runtime.name in misled
+        if runtime.name in misled & loading
         else runtime
         for runtime in runtimes
     ]
@@ -204,12 +206,12 @@ def _check_modules(
     """Report modules that a runtime builds otherwise than they are; returns these runtimes."""
     misled: set[str] = set()
     method = subject.method
-    model_type = model_type_of(subject.config)
+    model_types = (model_type_of(subject.config), *text_types_of(subject.config))
     for module in modules:
         wrong: dict[str, list[str]] = {}
         for runtime, reading in by_runtime.items():
             if module.format is None and _is_plain_anyway(
-                runtime, method, module.name, model_type, reading
+                runtime, method, module.name, model_types, reading
             ):
                 continue
             try:
@@ -242,13 +244,14 @@ def _is_told(module: Built, found: str) -> bool:
 
 
 def _is_plain_anyway(
-    runtime: str, method: str, name: str, model_type: str, reading: Reading
+    runtime: str, method: str, name: str, model_types: Sequence[str], reading: Reading
 ) -> bool:
     """Whether a runtime builds a module in 16 bits, whatever the configuration says."""
-    known = METHODS.get(method)
-    if known is None or not known.has_plain_head:
-        return False
     if name.rpartition(".")[2] == _HEAD or name == _HEAD_OF_DEEPSEEK_V4:
+        known = METHODS.get(method)
+        if known is None or not known.has_plain_head:
+            return False
         # transformers leaves it out itself if there is no list.
         return runtime != TRANSFORMERS or not reading.has_list
-    return reason_to_keep(name) == "router" and model_type.startswith(_PLAIN_ROUTERS)
+    loader = next(loader for loader in LOADERS if loader.name == runtime)
+    return loader.built_plain(model_types, method, name)

@@ -5,84 +5,76 @@ Whether this one is sound is not asked here.
 
 from __future__ import annotations
 
-from ...dialects import dialect_that_writes, runtimes_of_spelling
-from ...dialects.methods import METHODS
 from ...errors import show
-from ...formats import UNQUANTIZED
+from ...formats import find_format
 from ...layouts.sizes import model_type_of
-from ...layouts.table import UNSUPPORTED
 from ...layouts.wrappers import family_of_config
-from ...runtimes import RUNTIMES, TRANSFORMERS
-from ..findings import Runtime
-from ..inventory import Inventory
+from ...loaders.judge import LOADERS, verdicts_on
+from ...loaders.loader import FUSED, SPLIT, Written, text_types_of
+from ..findings import Findings, Runtime
+from ..inventory import Inventory, Module
 from ..subject import Subject
 
-__all__ = ["runtimes_of"]
+__all__ = ["check_recast", "runtimes_of"]
 
 
 def runtimes_of(subject: Subject, inventory: Inventory) -> list[Runtime]:
     """Every runtime, and why it does not load the checkpoint, if it does not."""
-    method = subject.method
+    return [Runtime(*verdict) for verdict in verdicts_on(_written(subject, inventory))]
+
+
+def _written(subject: Subject, inventory: Inventory) -> Written:
+    """What is written, as far as loaders look at it."""
     experts = {
         module.format: None for found in inventory.experts.values() for module in found.matrices
     }
-    linears = {module.format: None for module in inventory.linears.values() if module.is_quantized}
-    formats = tuple(dict.fromkeys((*experts, *linears)))
-    found = []
-    for runtime in RUNTIMES:
-        why_not = _of_family(runtime, subject, inventory, tuple(experts))
-        if method and formats and any(name != UNQUANTIZED for name in formats):
-            why_not = _of_formats(runtime, method, tuple(experts), tuple(linears)) or why_not
-        found.append(Runtime(runtime, why_not))
-    return found
+    linears: dict[str, list[str]] = {}
+    kept = []
+    for name, module in inventory.linears.items():
+        if module.is_quantized:
+            linears.setdefault(module.format, []).append(name)
+        else:
+            kept.append(name)
+    is_fused = any(found.stacked for found in inventory.experts.values())
+    return Written(
+        model_type=model_type_of(subject.config),
+        text_types=text_types_of(subject.config),
+        family=family_of_config(subject.config),
+        method=subject.method,
+        form=FUSED if is_fused else SPLIT,
+        experts=tuple(experts),
+        linears=linears,
+        kept=kept,
+        dtypes=dict(found for module in inventory.quantized for found in _other_dtypes(module)),
+    )
 
 
-def _of_formats(
-    runtime: str, method: str, experts: tuple[str, ...], linears: tuple[str, ...]
-) -> str:
-    """Why a runtime does not read these formats in this spelling, '' if it does."""
-    known = METHODS.get(method)
-    if known and runtime in known.why_not:
-        return known.why_not[runtime]
-    for name in dict.fromkeys((*experts, *linears)):
-        spelling = known.spelling_of(name) if known else None
-        if name != UNQUANTIZED and not (spelling and runtime in spelling.runtimes):
-            reason = spelling.why_not.get(runtime) if spelling else None
-            return reason or f"it reads no experts in {name} of quant_method {method}"
-    dialect = dialect_that_writes(method)
-    if dialect is None or not experts or not all(f in dialect.spellings for f in experts + linears):
-        return ""
-    if runtime in runtimes_of_spelling(dialect, experts, linears):
-        return ""
-    return "it takes all experts to be of one format, and these are not"
-
-
-def _of_family(
-    runtime: str, subject: Subject, inventory: Inventory, experts: tuple[str, ...]
-) -> str:
-    """Why a runtime does not read the experts of this model in this form, '' if it does."""
-    model_type = model_type_of(subject.config)
-    family = family_of_config(subject.config)
-    if not inventory.experts:
-        return ""
-    if family is None:
-        reason = UNSUPPORTED.get(model_type, "")
-        return f"model type {show(model_type) or 'unknown'} is not known here" + (
-            f": {reason}" if reason else ""
+def check_recast(inventory: Inventory, findings: Findings) -> None:
+    """Report scales whose bits mean something else in the dtype that runtimes hold."""
+    wrong: dict[tuple[str, str], list[str]] = {}
+    for module in inventory.quantized:
+        wanted = {part.role: part.dtype for part in find_format(module.format).parts}
+        for part, info in module.parts:
+            pair = (wanted.get(part.role, ""), info.dtype)
+            if any(pair in loader.converts for loader in LOADERS):
+                wrong.setdefault(pair, []).append(info.name)
+    for (held, stored), tensors in wrong.items():
+        runtimes = [loader.name for loader in LOADERS if (held, stored) in loader.converts]
+        more = f"; so are {len(tensors) - 1} more" if len(tensors) > 1 else ""
+        findings.add(
+            "structure",
+            show(tensors[0]),
+            f"is {stored}; expected {held}{more}",
+            f"{' and '.join(runtimes)} hold {held} and convert the number, not its bits: most "
+            "scales become 0 or another power of two",
         )
-    stacked = {m.format for found in inventory.experts.values() for m in found.stacked.values()}
-    if runtime == TRANSFORMERS and family.renamed_in_transformers and subject.method:
-        return f"it names linear layers of {model_type} otherwise, and reads it unquantized only"
-    if not stacked:
-        if runtime in family.split_runtimes(model_type):
-            return ""
-        if family.released_as and runtime != TRANSFORMERS:
-            return f"it has {model_type} as architecture {family.released_as[0]} only"
-        if runtime == TRANSFORMERS and family.in_transformers:
-            return f"it reads the experts of {model_type} only fused"
-        return family.instead or f"it has no {model_type}"
-    quantized = stacked - {UNQUANTIZED, "mxfp4"}
-    if all(runtime in family.fused_runtimes.get(name, ()) for name in quantized):
-        return ""
-    more = f"; {family.instead}" if family.instead else ""
-    return f"it is not known to read {', '.join(experts)} of fused experts of {model_type}{more}"
+
+
+def _other_dtypes(module: Module) -> list[tuple[tuple[str, str], str]]:
+    """The parts of a matrix that are not in the dtype of its format."""
+    wanted = {part.role: part.dtype for part in find_format(module.format).parts}
+    return [
+        ((module.format, part.role), info.dtype)
+        for part, info in module.parts
+        if wanted.get(part.role, info.dtype) != info.dtype
+    ]

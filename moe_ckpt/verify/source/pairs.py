@@ -19,7 +19,7 @@ from ...layouts.roles import amax_groups, is_matrix, module_of, reason_to_keep, 
 from ...plan import Copy, Job
 from ...planning.kv_cache import KV_SCALES, scale_places
 from ...planning.shards import CopyUnit
-from ...planning.units import split_biases
+from ...planning.units import share_amax, split_biases
 from ...source.headers import TensorInfo
 from ...source.stored import Encoded, Place
 from ...source.weights import Weights
@@ -293,7 +293,10 @@ class _Pairing:
         ours = {self._weights.encoded(f"{module}.weight") for module in modules}
         alike = len(ours) == len(there) == 1 and None not in names.values()
         target = find_format(next(iter(there)).format)
-        shares = target.shares_dense_amax
+        source = find_format(next(iter(ours)).format)
+        shares = target.shares_dense_amax or (
+            share_amax(modules, target) and not target.holds(source)
+        )
         if alike and shares and self._made_together(modules, names):
             return
         for module in modules:

@@ -1,0 +1,1 @@
+"""What the loaders of runtimes make of a checkpoint, without running them."""
