@@ -8,6 +8,7 @@ from ...errors import show, show_some
 from ...layouts.names import named_twice, of_adapters, root_of, unread_names, wrapped_names
 from ...layouts.sizes import model_type_of
 from ...layouts.wrappers import family_of_config
+from ...runtimes import RUNTIMES
 from ..findings import ERROR, WARNING, Findings
 from ..subject import Subject
 
@@ -25,7 +26,7 @@ def check_names(subject: Subject, findings: Findings) -> None:
     family = family_of_config(subject.config)
 
     def add(where: str, problem: str, effect: str = _UNKNOWN, grade: str = ERROR) -> None:
-        findings.add("structure", show(where), problem, effect, grade)
+        findings.add("structure", show(where), problem, effect, grade, stops=RUNTIMES)
 
     def of(found: Sequence[str]) -> str:
         return f"({len(found)} tensors: {show_some(found)})"
