@@ -136,6 +136,8 @@ class Family:
     ``runtimes``: which have the model and read the split form, for all of the model types.
     ``in_tensorrt_llm``: the model types whose classes TensorRT-LLM has (_torch/models/
         _arch_index.py); it reads their split form.
+    ``as_released``: formats of the experts of the release, which runtimes read under ``fp8``
+        though they do not read others.
     ``fused_runtimes``: which read ModelOpt's fused export of the model, by format; empty if
         ModelOpt has none.
     ``instead``: what the user must know about the other runtimes; what works, if none reads
@@ -162,6 +164,7 @@ class Family:
     built_as: tuple[str, ...] = ()
     runtimes: tuple[str, ...] = (VLLM, SGLANG, TRANSFORMERS)
     in_tensorrt_llm: tuple[str, ...] = ()
+    as_released: tuple[str, ...] = ()
     fused_runtimes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     instead: str = ""
     released_as: tuple[str, ...] = ()

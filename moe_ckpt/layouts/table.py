@@ -80,6 +80,7 @@ FAMILIES: tuple[Family, ...] = (
         instead="runtimes read its experts as released, in FP4 of DeepSeek, and in NVFP4 only "
         "beside attention in FP8 blocks",
         runtimes=(),
+        as_released=("mxfp4",),
     ),
     Family(
         name="kimi_k25",

@@ -7,6 +7,7 @@ of each loader. Whether the numbers are sound is not asked here.
 from __future__ import annotations
 
 from ..dialects import dialect_that_writes, runtimes_of_spelling
+from ..dialects.dialect import FP8
 from ..dialects.methods import METHODS
 from ..errors import show
 from ..formats import UNQUANTIZED, find_format
@@ -97,6 +98,8 @@ def _of_family(runtime: str, written: Written) -> str:
     if written.form == FUSED:
         return _of_fused(runtime, family, written)
     if runtime in family.split_runtimes(model_type):
+        return ""
+    if written.method == FP8 and {*written.experts} <= {*family.as_released}:
         return ""
     if family.released_as and runtime != TRANSFORMERS:
         return f"it has {model_type} as architecture {family.released_as[0]} only"

@@ -21,6 +21,7 @@ _MLA = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm_moe_dsa", 
 _IN_MIXES = "of several formats, it wants the scales of MXFP8 as weight_scale_inv"
 _PLAIN_ROUTERS = (
     *("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "glm_moe_dsa"),
+    "deepseek_v4",
     *("cohere2_moe", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "hy_v3", "laguna", "lfm2_moe"),
     *("granitemoe", "granitemoeshared", "granitemoe_swa", "mellum", "minimax_m2", "mixtral"),
     *("olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next"),

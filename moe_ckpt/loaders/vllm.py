@@ -12,6 +12,7 @@ __all__ = ["VLLM_LOADER"]
 _ANY = (MODELOPT, COMPRESSED_TENSORS, FP8)
 _PLAIN_ROUTERS = (
     *("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "glm_moe_dsa"),
+    "deepseek_v4",
     *("axk1", "cohere2_moe", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "hy_v3", "jamba"),
     *("granitemoe", "granitemoeshared", "granitemoe_swa", "mellum", "minimax_m2", "mixtral"),
     *("olmoe", "phimoe", "qwen2_moe", "qwen3_next"),

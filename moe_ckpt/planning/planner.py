@@ -13,36 +13,29 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
-from typing import Any, Unpack
+from typing import Unpack
 
-from ..dialects import Dialect, dialect_for
-from ..dialects.config import CONFIG, said_of
-from ..errors import LayoutError, Problems, RecipeError, UsageError, show, show_some
+from ..errors import LayoutError, Problems, RecipeError, show
 from ..formats import UNQUANTIZED, find_format
-from ..layouts import Detection, Given, detect
-from ..layouts.config_keys import complete_config
-from ..layouts.missing import PARTIAL, Lack, what_is_missing
 from ..layouts.roles import amax_groups
-from ..layouts.strays import with_mtp_shards
-from ..layouts.unwrapping import Changes, unwrap, without_wrappers
 from ..limits import parse_size
 from ..loaders.judge import verdicts_on
 from ..loaders.loader import Written, text_types_of
 from ..plan import OutShard, Plan
-from ..source.checkpoint import RECIPE_FILE, Source, open_source
+from ..source.checkpoint import RECIPE_FILE
 from ..source.stored import Encoded
-from ..source.weights import Weights, weights_of
-from .amax_file import read_amax
 from .assignment import Assigned, assign, formats_of_experts
 from .calibration import Calibration
 from .choice import Choice, choose
-from .expert_form import form_of_experts, runtime_warnings
+from .expert_form import runtime_warnings
 from .kv_cache import KV_SCALES, kv_cache_units, scale_name
 from .options import Options, PlanOptions
 from .provenance import origin_of
-from .recipe import KEEP, Recipe, recipe_text
+from .recipe import KEEP, recipe_text
+from .remarks import file_warnings, layer_warnings, notes_on, stats_warnings
 from .shards import Unit, pack
-from .stats import Stats, read_stats
+from .stats import Stats
+from .task import Task, read_task
 from .units import UnitMaker
 
 __all__ = ["make_plan"]
@@ -72,83 +65,19 @@ def make_plan(in_dir: str | os.PathLike[str], **options: Unpack[PlanOptions]) ->
         UsageError: options that do not fit together.
         InputError: with every problem in the checkpoint, the recipe and the statistics.
     """
-    asked = Options(**options)
-    recipe = asked.read_recipe()
-    dialect = dialect_for(recipe.formats, asked.dialect)
-    unwrapped = unwrap(with_mtp_shards(open_source(in_dir)))
-    source = unwrapped.source
-    weights = weights_of(source)
-    _refuse_without_stats(recipe, weights, asked.stats_files)
-    problems = Problems()
-    given = Given(asked.layout, asked.gate_up_order)
-    detection = problems.catch(lambda: detect(weights.tensors, source.config, given))
-    files = asked.stats_files
-    stats = problems.catch(lambda: read_stats(files, without_wrappers) if files else None)
-    amax = problems.catch(lambda: read_amax(asked.weight_amax, source) if asked.weight_amax else {})
-    problems.check()
-    assert detection is not None
-    lacks = _refuse_incomplete(weights, detection, source.config, problems)
-    problems.check()
-    assert amax is not None
-    form = form_of_experts(detection, asked.experts, recipe.formats, dialect)
-    changes = unwrapped.changes
-    planner = _Planner(source, weights, detection, recipe, dialect, form, asked, changes, lacks)
-    return planner.plan(stats, amax)
-
-
-def _refuse_incomplete(
-    weights: Weights, detection: Detection, config: Mapping[str, Any], problems: Problems
-) -> list[Lack]:
-    """Report what the model lacks; what people leave out on purpose is returned."""
-    lacks = what_is_missing(weights.tensors, config, detection.family, detection.stacks)
-    for lack in lacks:
-        if not lack.may_be_meant:
-            problems.add(
-                LayoutError,
-                f"{lack}; download the checkpoint again, or let config.json say what is there",
-            )
-    return [lack for lack in lacks if lack.may_be_meant]
-
-
-def _refuse_without_stats(recipe: Recipe, weights: Weights, stats_files: Sequence[str]) -> None:
-    """A format with static input scales needs statistics, or a source that has such scales."""
-    for name in recipe.formats:
-        row = find_format(name)
-        in_source = any(name == of.format and of.has_input_scale for of in weights.all_encoded())
-        if row.input_scale and not (row.constant_input_scale or stats_files or in_source):
-            raise UsageError(
-                f"format {name} has static input scales and needs --stats FILE; without "
-                "statistics, use fp8-channel or fp8-block (dynamic activations), nvfp4-w4a16 "
-                "(weights only) or nvfp4 (input scale 1.0)"
-            )
+    task, stats, amax = read_task(in_dir, Options(**options))
+    return _Planner(task).plan(stats, amax)
 
 
 class _Planner:
     """One run of `make_plan`, after the source is known to be sound."""
 
-    def __init__(
-        self,
-        source: Source,
-        weights: Weights,
-        detection: Detection,
-        recipe: Recipe,
-        dialect: Dialect,
-        form: str,
-        asked: Options,
-        changes: Changes,
-        lacks: Sequence[Lack],
-    ) -> None:
-        self.form = form
-        self.lacks = lacks
-        self.asked = asked
-        self.changes = changes
-        self.source = source
-        self.weights = weights
-        self.detection = detection
-        self.recipe = recipe
-        self.dialect = dialect
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.form, self.asked, self.changes = task.form, task.asked, task.changes
+        self.source, self.weights, self.detection = task.source, task.weights, task.detection
+        self.recipe, self.dialect = task.recipe, task.dialect
         self.problems = Problems()
-        self.completed = complete_config(source.config, weights.tensors.keys())
 
     def plan(self, stats: Stats | None, weight_amax: Mapping[str, float]) -> Plan:
         """The plan, from statistics and weight amax; raises `InputError` with all problems."""
@@ -171,7 +100,7 @@ class _Planner:
             )
         problems.check()
         assigned = assign(
-            self.completed.config,
+            self.task.completed.config,
             self.weights,
             detection,
             choice,
@@ -223,22 +152,14 @@ class _Planner:
             left_out=source.left_out,
             stats_files=self.asked.stats_files,
             stats_covered=calibration.covered if calibration else 0,
-            notes=self._notes(calibration, assigned, formats),
+            notes=notes_on(self.task, calibration, assigned, formats),
             warnings_by_kind={
-                "files": (
-                    *self._strays(),
-                    *source.warnings,
-                    *self.weights.warnings,
-                    *self.completed.warnings,
-                ),
-                "layers": (
-                    *detection.warnings,
-                    *(str(lack) for lack in self.lacks if lack.kind != PARTIAL),
-                ),
+                "files": file_warnings(self.task),
+                "layers": layer_warnings(self.task),
                 "runtimes": runtime_warnings(
                     detection, self.form, self.dialect, runtimes, tuple(formats), make.part_blocks
                 ),
-                "statistics": self._stats_warnings(calibration),
+                "statistics": stats_warnings(self.task, calibration),
             },
             origin=origin_of(self.asked, source),
         )
@@ -317,75 +238,6 @@ class _Planner:
             modules[name] = [found.module for found in made.experts.get(name, ())]
             modules[name] += made.linears.get(name, ())
         return recipe_text(modules)
-
-    def _notes(
-        self,
-        calibration: Calibration | None,
-        assigned: Assigned,
-        formats: Mapping[str, int],
-    ) -> tuple[str, ...]:
-        files = self.asked.stats_files
-        notes = [*self.source.notes, *(calibration.stats.notes if calibration else ())]
-        notes += self.completed.notes
-        if self._lacks_stats and self._carries_input_scales:
-            notes.append(
-                "no statistics: quantized modules keep the input scales of the source, those "
-                "without one get input scale 1.0"
-            )
-        if files and calibration is None:
-            notes.append(
-                f"format {', '.join(self.recipe.formats)} has no input scales: statistics are not "
-                "used"
-            )
-        if self.detection.renamed:
-            example = next(iter(self.detection.renamed.values()))
-            notes.append(
-                f"{len(self.detection.renamed)} tensors that transformers renamed get back the "
-                f"names that runtimes read, such as {show(example)}"
-            )
-        for name, count in self.weights.encodings.items():
-            notes.append(f"the source is quantized: {count:,} weights as {name}")
-        decoded = [name for name, chosen in assigned.stays.items() if chosen == UNQUANTIZED]
-        if decoded and formats.keys() != {UNQUANTIZED}:
-            notes.append(
-                f"{len(decoded)} weights that are not asked for are decoded to bf16, for "
-                f"{self.dialect.name} cannot say what they are: {show_some(decoded)}"
-            )
-        said = said_of(self.source.config, "scale_fmt")
-        if said and "scale_fmt" not in assigned.files[CONFIG] and formats.keys() != {UNQUANTIZED}:
-            notes.append(
-                f"scale_fmt {show(said)} of the source is left out: it is true of the source's own "
-                "scales only"
-            )
-        if self.weights.kv_cache and not self.dialect.kv_scales:
-            notes.append(
-                f"dialect {self.dialect.name} has no FP8 KV cache: the source's scheme and its "
-                "scales are left out"
-            )
-        notes += [str(lack) for lack in self.lacks if lack.kind == PARTIAL]
-        return tuple(notes)
-
-    @property
-    def _lacks_stats(self) -> bool:
-        """Whether a format has static input scales and no statistics were given."""
-        wants = any(find_format(name).input_scale for name in self.recipe.formats)
-        return wants and not self.asked.stats_files
-
-    @property
-    def _carries_input_scales(self) -> bool:
-        return any(of.has_input_scale for of in self.weights.all_encoded())
-
-    def _stats_warnings(self, calibration: Calibration | None) -> tuple[str, ...]:
-        if self._lacks_stats and not self._carries_input_scales:
-            return (
-                "no statistics: every quantized module gets input scale 1.0, whatever its "
-                "activations are; statistics of your data (convert --stats) are more accurate",
-            )
-        return calibration.warnings(self.weights.tensors) if calibration else ()
-
-    def _strays(self) -> Iterator[str]:
-        if self.source.strays:
-            yield f"left out, the index does not name it: {show_some(self.source.strays)}"
 
     def _refuse_collisions(self, shards: Sequence[OutShard]) -> None:
         names = [tensor.name for shard in shards for tensor in shard.tensors]

@@ -69,7 +69,7 @@ def check_parts(subject: Subject, findings: Findings, *, read_weights: bool = Fa
     ``read_weights``: read whole weights too, for codes that are no numbers and for digests; else
     only scales are read.
     """
-    from .config.consequences import tell_garbage
+    from .config.consequences import tell_consequences
     from .config.modules import check_config
     from .inventory import inventory_of
     from .structure.digests import check_digests
@@ -81,4 +81,4 @@ def check_parts(subject: Subject, findings: Findings, *, read_weights: bool = Fa
     check_digests(subject, findings, read_all=read_weights)
     check_scales(subject, inventory, findings, read_weights=read_weights)
     check_config(subject, inventory, findings)
-    tell_garbage(findings)
+    tell_consequences(findings)

@@ -23,7 +23,8 @@ class Finding(NamedTuple):
 
     ``part`` is one of `PARTS`. ``where`` is a tensor, module or file; ``problem`` what was expected
     there and found; ``effect`` what that does when the checkpoint is loaded. ``grade`` is one of
-    `GRADES`. ``harms``: runtimes that compute garbage for it, and say nothing.
+    `GRADES`. ``harms``: runtimes that load it all the same and compute garbage. ``stops``: those
+    that do not load it.
     """
 
     part: str
@@ -32,6 +33,7 @@ class Finding(NamedTuple):
     effect: str
     grade: str = ERROR
     harms: tuple[str, ...] = ()
+    stops: tuple[str, ...] = ()
 
 
 class Runtime(NamedTuple):
@@ -89,9 +91,10 @@ class Findings:
         grade: str = ERROR,
         *,
         harms: tuple[str, ...] = (),
+        stops: tuple[str, ...] = (),
     ) -> None:
         """Record one finding."""
-        self.found.append(Finding(part, where, problem, effect, grade, harms))
+        self.found.append(Finding(part, where, problem, effect, grade, harms, stops))
 
     def of_grade(self, grade: str) -> list[Finding]:
         """The findings of one grade."""

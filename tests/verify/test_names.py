@@ -46,7 +46,9 @@ def test_modules_under_two_names(tmp_path):
 def test_names_that_no_runtime_reads(tmp_path, name_of, where, words):
     folder = copy(NVFP4, tmp_path)
     rename(folder, name_of)
-    found = [f for f in verify(folder).found if words in f.problem]
+    findings = verify(folder)
+    assert not any(runtime.loads for runtime in findings.runtimes)
+    found = [f for f in findings.found if words in f.problem]
     assert len(found) == 1
     assert found[0].where.startswith(where)
     assert found[0].grade == ERROR

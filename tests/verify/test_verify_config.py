@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import torch
+from kit import stored_as
 from kit.files import FIXTURES
 from kit.stored_as import CT_CHANNEL, FP8
 from kit.tampering import add, change, copy, delete, edit_json, float32, listed, poke, quantization
@@ -528,6 +530,25 @@ def test_a_release_of_deepseek_is_clean(tmp_path):
     assert "lm_head" not in found
     assert ROUTER not in found
     assert QKV in found
+
+
+def test_a_release_of_deepseek_v4_loads(tmp_path):
+    """Experts in MXFP4 under int8, all else in FP8 blocks, scales E8M0, and a router on no list."""
+    tensors, _ = stored_as.experts(
+        stored_as.mxfp4, 2, 64, 64, module="layers.0.ffn.experts", ending=".scale", dtype="F8_E8M0"
+    )
+    for old, new in {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}.items():
+        tensors = {
+            name.replace(old, new): t.view(torch.int8) if name.endswith(".weight") else t
+            for name, t in tensors.items()
+        }
+    tensors["layers.0.ffn.gate.weight"] = torch.ones(2, 64, dtype=torch.bfloat16)
+    sizes = {"count": 2, "i": 64, "h": 64, "model_type": "deepseek_v4", "expert_dtype": "fp4"}
+    stored_as.save(tmp_path / "in", tensors, FP8, **sizes)
+    findings = verify(tmp_path / "in")
+    assert findings.found == []
+    loads = [runtime.name for runtime in findings.runtimes if runtime.loads]
+    assert loads == ["vLLM", "SGLang", "transformers"]
 
 
 @pytest.mark.parametrize(

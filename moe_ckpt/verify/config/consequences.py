@@ -1,21 +1,26 @@
-"""What structure and scales do to the answers of the runtimes: some load it and compute garbage."""
+"""What structure and scales do to the answers of the runtimes: they stop, or compute garbage."""
 
 from __future__ import annotations
 
 from ..findings import ERROR, Finding, Findings, Runtime
 
-__all__ = ["tell_garbage"]
+__all__ = ["tell_consequences"]
 
 
-def tell_garbage(findings: Findings) -> None:
-    """Say of each runtime that loads the checkpoint what makes it compute garbage, if anything."""
-    harmful = [found for found in findings.of_grade(ERROR) if found.harms]
+def tell_consequences(findings: Findings) -> None:
+    """Say of each runtime that could load the checkpoint what makes it stop or compute garbage."""
+    harmful = [found for found in findings.of_grade(ERROR) if found.harms or found.stops]
     findings.runtimes[:] = [_after(runtime, harmful) for runtime in findings.runtimes]
 
 
 def _after(runtime: Runtime, harmful: list[Finding]) -> Runtime:
+    if not runtime.loads:
+        return runtime
+    stops = next((finding for finding in harmful if runtime.name in finding.stops), None)
+    if stops:
+        return runtime._replace(why_not=f"it stops at {stops.where}", garbage="")
     found = [finding for finding in harmful if runtime.name in finding.harms]
-    if not found or not runtime.loads:
+    if not found:
         return runtime
     more = f", and {len(found) - 1:,} more" if len(found) > 1 else ""
     return runtime._replace(garbage=f"{found[0].where} is wrong or missing{more}")

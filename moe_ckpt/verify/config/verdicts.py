@@ -11,6 +11,7 @@ from ...layouts.sizes import model_type_of
 from ...layouts.wrappers import family_of_config
 from ...loaders.judge import LOADERS, verdicts_on
 from ...loaders.loader import FUSED, SPLIT, Written, text_types_of
+from ...source.encodings import ENCODINGS
 from ..findings import Findings, Runtime
 from ..inventory import Inventory, Module
 from ..subject import Subject
@@ -53,7 +54,7 @@ def check_recast(inventory: Inventory, findings: Findings) -> None:
     """Report scales whose bits mean something else in the dtype that runtimes hold."""
     wrong: dict[tuple[str, str], list[str]] = {}
     for module in inventory.quantized:
-        wanted = {part.role: part.dtype for part in find_format(module.format).parts}
+        wanted = _dtypes_of(module)
         for part, info in module.parts:
             pair = (wanted.get(part.role, ""), info.dtype)
             if any(pair in loader.converts for loader in LOADERS):
@@ -72,9 +73,19 @@ def check_recast(inventory: Inventory, findings: Findings) -> None:
 
 def _other_dtypes(module: Module) -> list[tuple[tuple[str, str], str]]:
     """The parts of a matrix that are not in the dtype of its format."""
-    wanted = {part.role: part.dtype for part in find_format(module.format).parts}
+    wanted = _dtypes_of(module)
     return [
         ((module.format, part.role), info.dtype)
         for part, info in module.parts
         if wanted.get(part.role, info.dtype) != info.dtype
     ]
+
+
+def _dtypes_of(module: Module) -> dict[str, str]:
+    """Role -> the dtype in which runtimes hold that part of a matrix."""
+    wanted = {part.role: part.dtype for part in find_format(module.format).parts}
+    named = next((of for of in ENCODINGS if of.name == module.what), None)
+    for scale in named.scales if named else ():
+        if scale.dtypes[0] == "F8_E8M0":
+            wanted[scale.role] = scale.dtypes[0]
+    return wanted

@@ -15,6 +15,7 @@ from ...layouts.names import (
 )
 from ...layouts.sizes import model_type_of
 from ...layouts.wrappers import family_of_config
+from ...runtimes import RUNTIMES
 from ..findings import ERROR, WARNING, Findings
 from ..subject import Subject
 
@@ -32,7 +33,7 @@ def check_names(subject: Subject, findings: Findings) -> None:
     family = family_of_config(subject.config)
 
     def add(where: str, problem: str, effect: str = _UNKNOWN, grade: str = ERROR) -> None:
-        findings.add("structure", show(where), problem, effect, grade)
+        findings.add("structure", show(where), problem, effect, grade, stops=RUNTIMES)
 
     def of(found: Sequence[str]) -> str:
         return f"({len(found)} tensors: {show_some(found)})"

@@ -9,7 +9,7 @@ from ...dialects.dialect import COMPRESSED_TENSORS, MODELOPT
 from ...errors import show, show_some
 from ...layouts.roles import module_of
 from ...layouts.wrappers import family_of_config
-from ...runtimes import VLLM
+from ...runtimes import SGLANG, VLLM
 from ...source.checkpoint import INDEX
 from ...source.encodings import ENCODINGS, INPUT_NAMES
 from ...source.headers import TensorInfo
@@ -28,18 +28,19 @@ _PACKED_STACK = re.compile(r".+\.experts\.[^.]+_packed")
 _FUSED_LEAF = re.compile(r"((gate_up|gate|up|down)_proj|w[123]|w13|v1)(_.*)?")
 
 _NUMBER = (
-    "vLLM leaves what memory held in an expert that is missing, and drops one that is too many; "
-    "others stop"
+    "vLLM and SGLang leave what memory held in an expert that is missing, and drop one that is too "
+    "many; others stop"
 )
 # What happens at load time where a tensor of this role is missing or no such tensor.
 _EFFECTS = {
-    "qweight": "vLLM checks no quantized model for weights that are missing: what memory held "
-    "stands in for them; others stop",
-    "block_scale": "vLLM loads experts without a word, with what memory held as their scales, and "
-    "casts a scale of another dtype; others stop",
-    "global_scale": "vLLM loads experts without a word, with what memory held as their scale; a "
-    "linear layer stops it",
-    "channel_scale": "vLLM loads experts without a word, with what memory held as their scales",
+    "qweight": "vLLM and SGLang check no quantized model for weights that are missing: what memory "
+    "held stands in for them; others stop",
+    "block_scale": "vLLM and SGLang load experts without a word, with what memory held as their "
+    "scales, and cast a scale of another dtype; others stop",
+    "global_scale": "vLLM and SGLang load experts without a word, with what memory held as their "
+    "scale; a linear layer stops vLLM",
+    "channel_scale": "vLLM and SGLang load experts without a word, with what memory held as their "
+    "scales",
     "input_scale": "vLLM takes what memory held for NVFP4 and 1.0 for FP8, SGLang takes 1.0: "
     "nothing is said, and all experts of the layer get the largest",
     "leftover": "some runtimes stop at a name that they do not know, others drop it",
@@ -62,7 +63,7 @@ def check_structure(subject: Subject, inventory: Inventory, findings: Findings) 
         _check_weights(subject, inventory, findings)
         _check_leftovers(subject, inventory, findings)
         static = any(module.format == "nvfp4" for module in inventory.quantized)
-        filled = {MISSING: (VLLM,), "input_scale": (VLLM,) if static else ()}
+        filled = {MISSING: (VLLM, SGLANG), "input_scale": (VLLM,) if static else ()}
         for name, problem, kind in experts_problems(subject, inventory):
             _add(findings, name, problem, _EFFECTS[kind], filled.get(kind, ()))
         _check_detection(subject, inventory, findings)
@@ -155,7 +156,7 @@ def _check_weights(subject: Subject, inventory: Inventory, findings: Findings) -
                 continue
             # Experts without a scale, and codes of anything, are what memory held.
             is_filled = fault.is_missing and (".experts." in stem or fault.role == "qweight")
-            harms = (VLLM,) if is_filled else ()
+            harms = (VLLM, SGLANG) if is_filled else ()
             _add(findings, fault.tensor, fault.problem, _EFFECTS[fault.role], harms)
     for name, codes in subject.found.twice:
         _add(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from ...errors import LayoutError
 from ...layouts.missing import MTP, PARTIAL, what_is_missing
-from ...layouts.sizes import model_type_of
-from ...layouts.table import find_family
+from ...layouts.wrappers import family_of_config
+from ...runtimes import SGLANG, TRANSFORMERS, TRTLLM, VLLM
 from ..findings import ERROR, WARNING, Findings
 from ..subject import Subject
 
 __all__ = ["check_whole_model"]
 
 _NOT_NOTICED = (
-    "vLLM checks no quantized model for weights that are missing: it computes with what memory "
-    "held; others stop"
+    "vLLM and SGLang check no quantized model for weights that are missing: they compute with what "
+    "memory held; transformers fills them with random numbers, and only logs that; TensorRT-LLM "
+    "stops"
 )
+_SILENT = (VLLM, SGLANG, TRANSFORMERS)
 _NOT_DRAFTED = (
     "the model itself works; speculative decoding with these layers stops, or drafts noise"
 )
@@ -31,7 +33,7 @@ def check_whole_model(subject: Subject, findings: Findings) -> None:
         lacks = what_is_missing(
             names,
             subject.config,
-            find_family(model_type_of(subject.config)),
+            family_of_config(subject.config),
             detection.stacks if detection else frozenset(),
         )
     except LayoutError:
@@ -43,4 +45,6 @@ def check_whole_model(subject: Subject, findings: Findings) -> None:
             continue
         grade = WARNING if is_partial or lack.kind == MTP else ERROR
         effect = _NOT_DRAFTED if lack.kind == MTP else _NOT_NOTICED
-        findings.add("structure", lack.where, lack.problem, effect, grade)
+        findings.add(
+            "structure", lack.where, lack.problem, effect, grade, harms=_SILENT, stops=(TRTLLM,)
+        )
