@@ -16,7 +16,7 @@ from ..errors import show, show_some
 from ..words import count_of
 from .family import Family
 from .roles import is_multi_token, set_aside
-from .sisters import Layer, has_mixer, incomplete, missing_parts
+from .sisters import Layer, has_mixer, incomplete, missing_of_mtp, missing_parts
 from .sizes import announced_mtp, levels_of, num_hidden_layers, num_stacked_layers
 
 __all__ = ["HEAD", "LAYERS", "MTP", "OUTSIDE", "PART", "PARTIAL", "Lack", "stacks_of"]
@@ -77,7 +77,7 @@ def what_is_missing(
     merged = _merged(names)
     stacks = stacks or _stacks_in(merged)
     layers: dict[str, dict[int, Layer]] = {stack: defaultdict(list) for stack in stacks}
-    beyond: set[int] = set()
+    beyond: dict[tuple[str, int], Layer] = defaultdict(list)
     outside: list[str] = []
     has_mtp = False
     for name in merged:
@@ -85,7 +85,7 @@ def what_is_missing(
         if match and match[1] in stacks:
             number = int(match[2])
             if num_layers is not None and number >= num_layers:
-                beyond.add(number)
+                beyond[match[1], number].append(match[3])
             else:
                 layers[match[1]][number].append(match[3])
         elif is_multi_token(name):
@@ -100,7 +100,9 @@ def what_is_missing(
         lacks += _missing_of_layers(stack, of_stack, config, uneven)
     if family:
         lacks += _missing_outside(outside, config, layers)
-    return [*_meant(lacks), *_missing_mtp(config, has_mtp, beyond, num_layers)]
+    numbers = {number for _, number in beyond}
+    lacks = [*_meant(lacks), *_missing_mtp(config, has_mtp, numbers, num_layers)]
+    return [*lacks, *_missing_in_mtp(config, beyond, layers, num_layers)]
 
 
 def stacks_of(names: Iterable[str]) -> frozenset[str]:
@@ -221,3 +223,17 @@ def _missing_mtp(
         what = f"{count_of(count, 'layer')} for multi-token prediction (MTP)"
         missing = f"not there: {show_some(gone)}" if gone else "none is there"
         yield Lack(f"config.json: {key}", f"says {what}, {missing}", MTP, True)
+
+
+def _missing_in_mtp(
+    config: Mapping[str, Any],
+    beyond: Mapping[tuple[str, int], Layer],
+    layers: Mapping[str, Mapping[int, Layer]],
+    num_layers: int | None,
+) -> Iterator[Lack]:
+    """Parts of the layers for multi-token prediction that config.json announces."""
+    _, count = announced_mtp(config)
+    for (stack, number), layer in sorted(beyond.items()):
+        if layers[stack] and num_layers is not None and number < num_layers + count:
+            for part, why in missing_of_mtp(layer, layers[stack].values()):
+                yield Lack(show(f"{stack}.{number}.{part}"), f"is missing; {why}", MTP, True)

@@ -14,7 +14,14 @@ from .family import SPLIT, Family
 from .layers import stack_of
 from .roles import set_aside
 
-__all__ = ["WRAPPER_WORDS", "named_twice", "of_adapters", "refuse_unrestorable", "restore_names"]
+__all__ = [
+    "WRAPPER_WORDS",
+    "computed_from",
+    "named_twice",
+    "of_adapters",
+    "refuse_unrestorable",
+    "restore_names",
+]
 __all__ += ["root_of", "roots_in", "unread_names", "wrapped_names"]
 
 # What lists of layers are called.
@@ -30,6 +37,17 @@ WRAPPER_WORDS = (
 _WRAPPER = re.compile(rf"(?<![^.])(?:{'|'.join(WRAPPER_WORDS)})(?![^.])")
 _ADAPTERS = "lora_ ia3_ hada_ lokr_ oft_ boft_ vera_ randlora_ trainable_tokens_".split()
 _ADAPTER = re.compile(rf"(?<![^.])(?:{'|'.join(_ADAPTERS)})\w+(?![^.])")
+
+_COMPUTED = re.compile(r"\.parametrizations\.\w+\.|\.weight_(orig|mask)$")
+
+
+def computed_from(names: Iterable[str]) -> list[str]:
+    """The names in layers of what PyTorch computes a weight from, by parametrization or pruning.
+
+    >>> computed_from(["model.layers.0.q_proj.parametrizations.weight.original0", "lm_head.weight"])
+    ['model.layers.0.q_proj.parametrizations.weight.original0']
+    """
+    return [n for n in names if _COMPUTED.search(n) and root_of(n) is not None]
 
 
 def of_adapters(names: Collection[str]) -> list[str]:

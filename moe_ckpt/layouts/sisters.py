@@ -16,7 +16,7 @@ from typing import Any
 
 from .sizes import levels_of
 
-__all__ = ["Layer", "has_mixer", "incomplete", "missing_parts"]
+__all__ = ["Layer", "has_mixer", "incomplete", "missing_of_mtp", "missing_parts"]
 
 # The names below a layer, as in self_attn.q_proj.weight.
 Layer = list[str]
@@ -50,6 +50,11 @@ _TRIPLES: tuple[tuple[str, ...], ...] = (
     ("gate_proj", "up_proj", "down_proj"),
     ("linear_gate", "up_proj", "down_proj"),
     ("w1", "w2", "w3"),
+)
+# What makes the input of a layer for multi-token prediction, and its own head.
+_MTP_PARTS = (
+    (("eh_proj.", "enorm.", "hnorm."), ("eh_proj", "enorm", "hnorm")),
+    (("shared_head.",), ("shared_head.norm",)),
 )
 _EXPERTS = re.compile(r"(^|\.)experts$")
 _ROUTER = re.compile(r"(^|\.)(gate|wg|router\w*)(\.|$)")
@@ -107,6 +112,34 @@ def incomplete(layers: Mapping[int, Layer]) -> Iterator[tuple[int, str, str]]:
         weights = [name for name in layer if not name.endswith("bias")]
         if experts and not any(map(_ROUTER.search, weights)):
             yield number, f"{experts} (router)", "its experts are there"
+
+
+def missing_of_mtp(layer: Layer, ordinary: Iterable[Layer]) -> Iterator[tuple[str, str]]:
+    """Parts that a layer for multi-token prediction lacks, in a stack with ordinary layers.
+
+    Its attention, norms and experts are those of the ordinary layer that it has most of; a block
+    of another kind is not compared. It may use embedding and head of the model.
+
+    Yields:
+        The part, and why it should be there.
+    """
+    there = frozenset(layer)
+    like = max((frozenset(other) for other in ordinary), key=lambda names: len(names & there))
+    mine, others = (
+        {**_blocks(sorted(names), [], _MIXES), **_blocks(sorted(names), [], _REST)}
+        for names in (there, like)
+    )
+    for block, names in mine.items():
+        if names < others.get(block, frozenset()):
+            yield from ((name, "ordinary layers have it") for name in sorted(others[block] - names))
+    if any(block in others and names <= others[block] for block, names in mine.items()):
+        norms = (name for name in sorted(like - there) if _third_of(name) == _NORMS)
+        yield from ((name, "ordinary layers have it") for name in norms)
+    for first, needs in _MTP_PARTS:
+        if any(name.startswith(first) for name in there):
+            for part in needs:
+                if f"{part}.weight" not in there:
+                    yield f"{part}.weight", "others of its kind are there"
 
 
 def _mlps(layer: Layer) -> Iterator[tuple[str, tuple[str, ...], set[str]]]:

@@ -18,7 +18,15 @@ from typing import Any
 from ..errors import LayoutError, show, show_some
 from ..source.checkpoint import MERGE, Source
 from .family import Family
-from .names import WRAPPER_WORDS, named_twice, of_adapters, roots_in, unread_names, wrapped_names
+from .names import (
+    WRAPPER_WORDS,
+    computed_from,
+    named_twice,
+    of_adapters,
+    roots_in,
+    unread_names,
+    wrapped_names,
+)
 from .roles import set_aside
 from .sizes import model_type_of
 from .wrappers import family_of_config
@@ -111,6 +119,13 @@ def _refuse_adapters(source: Source) -> None:
         raise LayoutError(
             f"{show_some(found)}: belongs to an adapter, such as LoRA, which changes the weights "
             f"that it stands beside; {MERGE}"
+        )
+    found = computed_from(source.tensors)
+    if found:
+        raise LayoutError(
+            f"{show_some(found)}: PyTorch computes a weight from this, by a parametrization or by "
+            "pruning, and runtimes do not; call torch.nn.utils.parametrize.remove_parametrizations "
+            "or torch.nn.utils.prune.remove, and save the model again"
         )
 
 

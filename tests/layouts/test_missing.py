@@ -139,15 +139,47 @@ def test_announced_layers_for_multi_token_prediction(key, there):
     family = find_family("qwen3_moe")
     (lack,) = what_is_missing(saved["header"], config, family)
     assert (lack.where, lack.kind) == (f"config.json: {key}", MTP)
-    assert what_is_missing([*saved["header"], there], config, family) == []
+    there = [there.replace("eh_proj", part) for part in ("eh_proj", "enorm", "hnorm")]
+    assert what_is_missing([*saved["header"], *there], config, family) == []
 
 
 def test_some_of_several_layers_for_multi_token_prediction():
     saved = HEADERS["deepseek_v3"]["A"]
     config = saved["config"] | {"num_nextn_predict_layers": 2}
-    names = [*saved["header"], "model.layers.2.eh_proj.weight"]
+    own = [f"model.layers.2.{part}.weight" for part in ("eh_proj", "enorm", "hnorm")]
+    names = [*saved["header"], *own]
     (lack,) = what_is_missing(names, config, find_family("deepseek_v3"))
     assert lack.problem.endswith("not there: 3")
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        *("self_attn.kv_a_layernorm.weight", "input_layernorm.weight", "mlp.gate.weight"),
+        *("mlp.experts", "eh_proj.weight", "hnorm.weight", "shared_head.norm.weight"),
+    ],
+)
+def test_a_part_of_a_layer_for_multi_token_prediction(gone):
+    saved = HEADERS["deepseek_v3"]["A"]
+    config = saved["config"] | {"num_nextn_predict_layers": 1}
+    last = "model.layers.1."
+    parts = [name.removeprefix(last) for name in saved["header"] if name.startswith(last)]
+    own = ("eh_proj", "enorm", "hnorm", "shared_head.norm", "shared_head.head")
+    parts += [f"{name}.weight" for name in own]
+    family = find_family("deepseek_v3")
+    names = [*saved["header"], *(f"model.layers.2.{part}" for part in parts)]
+    assert what_is_missing(names, config, family) == []
+    there = [name for name in names if not name.startswith(f"model.layers.2.{gone}")]
+    (lack,) = what_is_missing(there, config, family)
+    assert (lack.where, lack.kind) == (f"model.layers.2.{gone}", MTP)
+
+
+def test_a_layer_for_multi_token_prediction_of_another_kind_is_not_compared():
+    saved = HEADERS["deepseek_v3"]["A"]
+    config = saved["config"] | {"num_nextn_predict_layers": 1}
+    parts = ["self_attn.qkv_proj.weight", "mlp.w1.weight", "norm.weight"]
+    names = [*saved["header"], *(f"model.layers.2.{part}" for part in parts)]
+    assert what_is_missing(names, config, find_family("deepseek_v3")) == []
 
 
 def test_scales_and_codes_of_a_weight_are_the_weight():

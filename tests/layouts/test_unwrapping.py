@@ -169,6 +169,13 @@ def test_the_two_ways_of_multimodal_classes(tmp_path, model_type, wrong, right):
             for leaf in ("lora_A.weight", "lora_B.default.weight", "lora_magnitude_vector", "ia3_l")
         ),
         (model() | {"model.embed_tokens.lora_embedding_A.default": ("BF16", [8, 8])}, ["merge"]),
+        *(
+            (
+                model() | {f"model.layers.0.self_attn.o_proj.{leaf}": ("BF16", [H, H])},
+                [leaf, "PyTorch computes a weight from this"],
+            )
+            for leaf in ("parametrizations.weight.original", "weight_orig", "weight_mask")
+        ),
     ],
 )
 def test_what_is_not_certain_is_refused(tmp_path, tensors, words):

@@ -162,3 +162,11 @@ def test_a_missing_expert_is_called_one(tmp_path):
     parts = ("weight", "weight_scale", "weight_scale_2", "input_scale")
     delete(folder, *(f"{UP}.{part}" for part in parts))
     assert "expert that is missing" in one(verify(folder), UP).effect
+
+
+@pytest.mark.parametrize("part", ["weight", "weight_scale", "weight_scale_2"])
+def test_the_activation_scale_of_half_a_matrix_is_not_left_over(tmp_path, part):
+    folder = copy(NVFP4, tmp_path)
+    delete(folder, f"{UP}.{part}")
+    assert not [f for f in verify(folder).found if "left over" in f.problem]
+    assert one(verify(folder), f"{UP}.{part}").grade == ERROR

@@ -40,6 +40,7 @@ def test_modules_under_two_names(tmp_path):
         (lambda n: f"_orig_mod.{n}", "_orig_mod.", "wrapped the model"),
         (lambda n: n.replace("model.", "model.model."), "model.model.", "look for model.layers"),
         (lambda n: n.replace("q_proj", "q_proj.lora_A"), "model.", "adapter"),
+        (lambda n: n.replace("q_proj.weight", "q_proj.weight_orig"), "model.", "PyTorch computes"),
     ],
 )
 def test_names_that_no_runtime_reads(tmp_path, name_of, where, words):

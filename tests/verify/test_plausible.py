@@ -206,3 +206,9 @@ def test_weights_that_no_model_has_are_converted_with_a_warning(tmp_path):
     moe_ckpt.convert(source, out, format="nvfp4", stats=[WIDE / "stats.json"], device="cpu")
     found = one(verify(out), f"{DOWN}.weight_scale_2")
     assert found.grade == WARNING
+
+
+def test_what_is_like_its_sisters_is_not_named_beyond_a_bound(tmp_path):
+    folder = copy(NVFP4, tmp_path)
+    scaled(folder, "weight_scale_2", lambda x: x * 240)  # half decode to 14, some to 17
+    assert not [f for f in verify(folder).found if "decode to" in f.problem]

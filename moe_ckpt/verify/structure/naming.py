@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...errors import show, show_some
-from ...layouts.names import named_twice, of_adapters, root_of, unread_names, wrapped_names
+from ...layouts.names import (
+    computed_from,
+    named_twice,
+    of_adapters,
+    root_of,
+    unread_names,
+    wrapped_names,
+)
 from ...layouts.sizes import model_type_of
 from ...layouts.wrappers import family_of_config
 from ...runtimes import RUNTIMES
@@ -41,6 +48,8 @@ def check_names(subject: Subject, findings: Findings) -> None:
         )
     if wrapped:
         add(wrapped[0], f"has a word of what wrapped the model when it was saved {of(wrapped)}")
+    if computed := computed_from(names):
+        add(computed[0], f"is what PyTorch computes a weight from {of(computed)}")
     if family is None or not model_type_of(subject.config):
         return
     twice = named_twice(family, names)
@@ -55,7 +64,7 @@ def check_names(subject: Subject, findings: Findings) -> None:
         )
     if subject.is_ours:
         return  # no runtime was said to load it
-    known = {*adapters, *wrapped, *(name for name, _ in twice)}
+    known = {*adapters, *wrapped, *computed, *(name for name, _ in twice)}
     unread = [name for name in unread_names(family, names) if name not in known]
     moved = [name for name in unread if root_of(name) is not None]
     if moved:

@@ -172,8 +172,12 @@ def _check_leftovers(subject: Subject, inventory: Inventory, findings: Findings)
     tensors = subject.source.tensors
     used = {info.name for module in inventory.modules for _, info in module.parts}
     reported = {finding.where for finding in findings.found}
+    # What a scale of activations belongs to is there in part, and that is told.
+    torn = {module_of(info.name) for info in inventory.leftover} | {*map(module_of, subject.lost)}
     for name, info in tensors.items():
         if name.endswith(INPUT_NAMES) and name not in used and name not in reported:
+            if module_of(name) in torn:
+                continue
             _add(findings, name, _why_unused(info), _EFFECTS["leftover"])
             continue
         if ".experts." not in name:

@@ -29,6 +29,7 @@ __all__ = ["check_levels"]
 # What the largest code of the usual block decodes to, in half of all matrices and in any one.
 _LEAST, _MOST = 1e-4, 16.0
 _TIMES_SISTERS = 100.0
+_LIKE_SISTERS = 4.0  # what is that near to the others is like them, even where it is above a bound
 # Of a scale for the whole matrix, which one outlier decides, and which is larger without any.
 _MOST_WHOLE, _MOST_OF_ONE_WHOLE = 64.0, 1024.0
 _TIMES_SISTERS_WHOLE = 300.0
@@ -199,7 +200,7 @@ def _check_weights(
         problem = (
             f"is {_stored(one)}, so that {_of(one)} decode to {one.usual:.3g}; that is {others}"
         )
-        if one.usual > min(most_of_one, times * usual):
+        if one.usual > min(max(most_of_one, _LIKE_SISTERS * usual), times * usual):
             if not _report_empty(reader, one, findings):
                 problem += _fits(one, usual)
                 findings.add("scales", name, problem, _TOO_LARGE, grade, harms=RUNTIMES)
