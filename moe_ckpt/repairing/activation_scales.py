@@ -70,7 +70,8 @@ def _complete(draft: Draft, modules: Sequence[Module], bare: set[str], amax: flo
 
     ``amax``: of the activations, if statistics say it.
     """
-    sound, others = [], []
+    sound: list[Module] = []
+    others: list[Module] = []
     for module in modules:
         (others if draft.stored(module, _ROLE) is None else sound).append(module)
     lacking = [
