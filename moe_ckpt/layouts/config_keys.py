@@ -93,7 +93,8 @@ def _rotary_dim(model: Model) -> Any:
     if not isinstance(rope, dict) or type(head_dim) is not int:
         return UNKNOWN
     factor = rope.get("partial_rotary_factor", 1.0)
-    return int(head_dim * factor) if type(factor) in (int, float) else UNKNOWN
+    is_share = type(factor) in (int, float) and 0 < factor <= 1
+    return int(head_dim * factor) if is_share else UNKNOWN
 
 
 def _width(model: Model) -> Any:

@@ -149,7 +149,7 @@ def _missing_layers(stack: str, there: Collection[int], num_layers: int | None) 
     if not there or num_layers is None:
         return
     first, last = min(there), max(there)
-    inner = [n for n in range(first, last) if n not in there]
+    inner = [n for n in range(first, min(last, first + _LAYERS_CAP)) if n not in there]
     outer = [n for n in range(min(num_layers, _LAYERS_CAP)) if not first <= n <= last]
     for gone, may_be_meant in ((inner, False), (outer, True)):
         if gone:

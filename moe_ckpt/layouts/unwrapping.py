@@ -177,7 +177,10 @@ def _changes(family: Family, names: Sequence[str], config: Mapping[str, Any]) ->
 
 def _roots_by_likelihood(family: Family, config: Mapping[str, Any]) -> list[str]:
     """The family's roots, that of a text model first if the config is of a text model alone."""
-    is_text = not any(key.endswith("_config") and isinstance(config[key], dict) for key in config)
+    is_text = not any(
+        key.endswith("_config") and key != "quantization_config" and isinstance(config[key], dict)
+        for key in config
+    )
     return sorted(family.roots, key=lambda root: is_text and "language_model" in root)
 
 

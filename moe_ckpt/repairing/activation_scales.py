@@ -70,15 +70,18 @@ def _complete(draft: Draft, modules: Sequence[Module], bare: set[str], amax: flo
 
     ``amax``: of the activations, if statistics say it.
     """
-    sound = [module for module in modules if draft.stored(module, _ROLE) is not None]
+    sound: list[Module] = []
+    others: list[Module] = []
+    for module in modules:
+        (others if draft.stored(module, _ROLE) is None else sound).append(module)
     lacking = [
         module
-        for module in modules
-        if module not in sound
-        and (module.name in bare or sound or module.tensor(_ROLE) is not None)
+        for module in others
+        if module.name in bare or sound or module.tensor(_ROLE) is not None
     ]
     if not lacking:
         return
+    has_inverse = any(_ROLE in module.inverse for module in sound)
     scales = [scale for module in sound if (scale := draft.scale(module, _ROLE)) is not None]
     for module in lacking:
         whole = module.format.removesuffix("-w4a16")
@@ -98,7 +101,7 @@ def _complete(draft: Draft, modules: Sequence[Module], bare: set[str], amax: flo
                 "input_amax of the module or of its layer"
             )
             continue
-        is_inverse = any(_ROLE in other.inverse for other in sound) or "global" in leaf
+        is_inverse = has_inverse or "global" in leaf
         number = float(np.float32(1 / scale if is_inverse else scale))
         source = "from statistics" if amax is not None else "the largest of its layer"
         if info is not None:

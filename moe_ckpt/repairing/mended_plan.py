@@ -93,7 +93,8 @@ def make_repair(in_dir: str | os.PathLike[str], *, stats: Iterable[File] = ()) -
     opened = list(findings.found)
     texts = _texts_of(subject)
     if CONFIG not in texts or not subject.source.tensors:
-        raise CheckpointError(*(f"{f.where}: {f.problem}" for f in opened if f.grade == ERROR))
+        found = [f"{f.where}: {f.problem}" for f in opened if f.grade == ERROR]
+        raise CheckpointError(*(found or [f"{CONFIG}: is empty; take that of the release"]))
     if subject.unread:
         where, reason = subject.unread[0]
         raise UncheckedError(f"{show(where)}: {reason}, so that nothing can be mended")
