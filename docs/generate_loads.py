@@ -26,7 +26,7 @@ else is not named.
 ## Claimed and tried
 
 Tiny models were converted, and loaded by the runtimes' own code on a CPU: every element of every
-parameter has to be written once, with the bytes of the files. Each model was tried in up to 28
+parameter has to be written once, with the bytes of the files. Each model was tried in up to 35
 ways: every format in every dialect, experts only and `--quantize linear`; some in several formats,
 too. The columns say in how many of them the runtime loads the result. **What a plan claims is the
 same in every case**, both ways: a test makes each plan again and compares. What could not be built

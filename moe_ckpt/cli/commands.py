@@ -249,7 +249,10 @@ def verify(
 @click.argument("out_dir", metavar="OUT", callback=named)
 @plan_options("stats")
 @click.option(
-    "--workers", type=int, metavar="N", help="Threads; if not given one per core, at most 16."
+    "--workers",
+    type=int,
+    metavar="N",
+    help="Threads, at most 256; if not given one per core, up to 16.",
 )
 @click.option("--overwrite", is_flag=True, help="Remove an earlier repair in OUT and start over.")
 @click.option(
@@ -289,6 +292,7 @@ def repair(
     from ..report.repair_report import repair_document, repair_lines, repaired_lines
     from .progress import Progress
 
+    limits = Limits(workers)
     check_out_dir(Path(in_dir), Path(out_dir), overwrite=overwrite)
     found = make_repair(in_dir, stats=stats)
     if not quiet:
@@ -302,7 +306,7 @@ def repair(
                 found,
                 out_dir,
                 partial=partial,
-                limits=Limits(workers),
+                limits=limits,
                 overwrite=overwrite,
                 trust_journal=trust_journal,
                 progress=report,
@@ -313,6 +317,8 @@ def repair(
         say(repaired_lines(result))
     if as_json:
         print_json(repair_document(found, result))
+    if result is not None and found.left:
+        raise VerifyError(*found.left, f"{show(out_dir)}: is mended in part; this stays wrong")
 
 
 @cli.command()

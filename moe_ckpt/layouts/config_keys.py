@@ -13,10 +13,11 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..runtimes import SGLANG, VLLM
 from .sizes import EXPERTS_KEYS, model_type_of
 from .wrappers import TEXT_CONFIGS
 
-__all__ = ["CompletedConfig", "complete_config"]
+__all__ = ["CompletedConfig", "Key", "complete_config"]
 
 _BIAS = ".e_score_correction_bias"
 _SIGMOID_V3 = ("deepseek_v3", "deepseek_v32", "kimi_k2", "glm_moe_dsa", "glm4_moe_lite")
@@ -46,7 +47,8 @@ class Key:
     """A key that the config of some model types needs.
 
     ``value`` is of a `Model` that lacks the key: None if it is not needed there, and `UNKNOWN`
-    if nothing tells it. ``part`` is where the key belongs: '' beside the experts' sizes.
+    if nothing tells it. ``part`` is where the key belongs: '' beside the experts' sizes. ``stops``:
+    runtimes that were seen to stop without it.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Key:
     value: Callable[[Model], Any]
     runtimes: str = "vLLM and SGLang ask"
     part: str = ""
+    stops: tuple[str, ...] = ()
 
 
 UNKNOWN = object()
@@ -117,7 +120,7 @@ def _moe_layers(model: Model) -> Any:
 
 
 KEYS: tuple[Key, ...] = (
-    Key("full_attention_interval", _QWEN, _interval, "SGLang asks"),
+    Key("full_attention_interval", _QWEN, _interval, "SGLang asks", stops=(SGLANG,)),
     Key(
         "deepstack_visual_indexes",
         ("qwen3_5_moe",),
@@ -125,11 +128,11 @@ KEYS: tuple[Key, ...] = (
         "SGLang asks",
         part="vision_config",
     ),
-    Key("topk_method", _SIGMOID_V3, _with(_BIAS, "noaux_tc")),
-    Key("scoring_func", _SIGMOID_V3, _always("sigmoid")),
+    Key("topk_method", _SIGMOID_V3, _with(_BIAS, "noaux_tc"), stops=(VLLM, SGLANG)),
+    Key("scoring_func", _SIGMOID_V3, _always("sigmoid"), stops=(SGLANG,)),
     Key("scoring_func", ("deepseek_v2",), _always("softmax"), "SGLang asks"),
-    Key("first_k_dense_replace", (*_AS_DEEPSEEK, "hy_v3"), _first_dense),
-    Key("moe_layer_freq", _AS_DEEPSEEK, _layer_freq, "SGLang asks"),
+    Key("first_k_dense_replace", (*_AS_DEEPSEEK, "hy_v3"), _first_dense, stops=(VLLM, SGLANG)),
+    Key("moe_layer_freq", _AS_DEEPSEEK, _layer_freq, "SGLang asks", stops=(SGLANG,)),
     Key("scoring_func", ("minimax_m2",), _always("sigmoid")),
     Key("use_routing_bias", ("minimax_m2",), _with(_BIAS, True)),
     Key("use_qk_norm", ("minimax_m2",), _with(".q_norm.", True), "SGLang asks"),
@@ -147,9 +150,13 @@ KEYS: tuple[Key, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class CompletedConfig:
-    """A config.json with the keys that were missing, and what to say of them."""
+    """A config.json with the keys that were missing, and what to say of them.
+
+    ``missing``: all of them.
+    """
 
     config: Mapping[str, Any]
+    missing: tuple[Key, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -164,6 +171,7 @@ def complete_config(config: Mapping[str, Any], names: Collection[str]) -> Comple
     text = _where(config)
     notes: list[str] = []
     unknown: list[str] = []
+    missing: list[Key] = []
     whole = config
     for key in KEYS:
         at = key.part or text
@@ -174,6 +182,8 @@ def complete_config(config: Mapping[str, Any], names: Collection[str]) -> Comple
         if not any(model_type in key.model_types for model_type in model_types):
             continue
         value = key.value(Model(part, names))
+        if value is not None:
+            missing.append(key)
         if value is UNKNOWN:
             unknown.append(f"{key.name} ({key.runtimes} for it)")
         elif value is not None:
@@ -185,6 +195,7 @@ def complete_config(config: Mapping[str, Any], names: Collection[str]) -> Comple
     )
     return CompletedConfig(
         whole,
+        tuple(missing),
         (f"config.json gets back keys that runtimes ask for: {', '.join(notes)}",) * bool(notes),
         (told,) * bool(unknown),
     )

@@ -37,6 +37,8 @@ _OF_MIXER = re.compile(
 )
 _NUMBERS_CAP = 10_000
 
+# What modules compute for themselves, and some save.
+_BUFFERS = re.compile(r"(inv_freq|masked_bias|attn\.bias)$")
 # Keys that let layers use what another computed, and the parts that they are then without.
 _SHARED = (
     (re.compile(r"sink"), re.compile(r"sink")),
@@ -78,7 +80,7 @@ def missing_parts(
     """
     if not layers:
         return
-    exempt = [pattern for key, pattern in _SHARED if _has_key(config, key)]
+    exempt = [_BUFFERS, *(pattern for key, pattern in _SHARED if _has_key(config, key))]
     exempt += [re.compile(re.escape(part)) for part in uneven]
     lists = list(_lists(config, max(layers) + 1))
     for third in (_MIXES, _NORMS, _REST):

@@ -54,6 +54,7 @@ def _verdict(loader: Loader, written: Written) -> Verdict:
         or stops
         or (_of_formats(loader.name, written) if not met else "")
         or _of_plain(loader, written)
+        or (f"it stops at {show(written.unread[0])}" if loader.knows_all and written.unread else "")
     )
     garbage = next((limit.why for limit in met if limit.is_garbage), "") or _of_dtypes(
         loader, written

@@ -32,7 +32,8 @@ class Written:
     ``method`` is the ``quant_method``, "" if nothing is said of quantization. ``form`` is `SPLIT`
     or `FUSED`. ``experts``: the formats of routed experts. ``linears``: format -> linear layers
     that are quantized to it. ``kept``: those that are not. ``dtypes``: (format, role) -> the dtype
-    of such parts where it is not the format's own.
+    of such parts where it is not the format's own. ``unread``: names that no runtime is known to
+    read.
     """
 
     model_type: str
@@ -44,6 +45,7 @@ class Written:
     linears: Mapping[str, Sequence[str]]
     kept: Sequence[str] = ()
     dtypes: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    unread: Sequence[str] = ()
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -119,6 +121,7 @@ class Limit:
 class Loader:
     """A runtime's loader, as it is in one version.
 
+    ``knows_all``: whether it stops at a tensor of another name than its modules have.
     ``is_run``: whether it was run to learn this, and not only read. ``converts``: the dtype that it
     holds, and another of as many bytes that it converts to it by value, so that it is wrong.
     """
@@ -128,6 +131,7 @@ class Loader:
     plain: tuple[Plain, ...] = ()
     limits: tuple[Limit, ...] = ()
     converts: tuple[tuple[str, str], ...] = ()
+    knows_all: bool = False
     is_run: bool = False
 
     def built_plain(

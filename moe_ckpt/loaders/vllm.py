@@ -22,6 +22,7 @@ VLLM_LOADER = Loader(
     VLLM,
     "0.33.0",
     is_run=True,
+    knows_all=True,
     plain=(
         *PLAIN_EVERYWHERE,
         Plain(_PLAIN_ROUTERS, ROUTER),

@@ -17,6 +17,7 @@ from typing import Unpack
 
 from ..errors import LayoutError, Problems, RecipeError, show
 from ..formats import UNQUANTIZED, find_format
+from ..layouts.names import unread_names
 from ..layouts.roles import amax_groups
 from ..limits import parse_size
 from ..loaders.judge import verdicts_on
@@ -132,7 +133,7 @@ class _Planner:
         )
         self._refuse_collisions(shards)
         formats = self._count(choice, assigned)
-        verdicts = verdicts_on(self._written(assigned))
+        verdicts = verdicts_on(self._written(assigned, choice))
         runtimes = tuple(verdict.runtime for verdict in verdicts if verdict.loads)
         return Plan(
             root=source.root,
@@ -215,7 +216,7 @@ class _Planner:
         counts.update(assigned.stays.values())
         return dict(counts)
 
-    def _written(self, assigned: Assigned) -> Written:
+    def _written(self, assigned: Assigned, choice: Choice) -> Written:
         """What is written, as far as loaders look at it."""
         made = assigned.assignment
         is_plain = set(made.formats) <= {UNQUANTIZED}
@@ -228,6 +229,10 @@ class _Planner:
             experts=tuple(dict.fromkeys(assigned.experts)),
             linears={name: made.linears[name] for name in made.linears if name != UNQUANTIZED},
             kept=made.kept,
+            unread=unread_names(
+                self.detection.family,
+                [self.detection.output_name(name) for name, _ in choice.copies],
+            ),
         )
 
     def _resolved(self, assigned: Assigned) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -107,7 +107,8 @@ def make_repair(in_dir: str | os.PathLike[str], *, stats: Iterable[File] = ()) -
     shards = mended_shards(draft)
     damaged = next((f.problem for f in opened if f.where == HF_QUANT_CONFIG), "")
     outlook, left = _configured(draft, shards, texts, damaged)
-    left += [f for f in opened if not _is_mended_by_writing(f, subject)]
+    strays = shards_in(subject.root) - subject.source.shards.keys()
+    left += [f for f in opened if not _is_mended_by_writing(f, strays)]
     mended, told = {show(name) for name in draft.mended}, {show(name) for name in draft.problems}
     left += [f for f in findings.found if f.part == "scales" and f.where not in mended]
     plan = _plan(subject, outlook, shards, asked)
@@ -149,9 +150,11 @@ def _calibration(subject: Subject, asked: Options) -> Calibration | None:
     return Calibration(read_stats(asked.stats_files), subject.detection, missing_is_constant=True)
 
 
-def _is_mended_by_writing(found: Finding, subject: Subject) -> bool:
-    """Whether a finding of opening a checkpoint is about what is written anew."""
-    strays = shards_in(subject.root) - subject.source.shards.keys()
+def _is_mended_by_writing(found: Finding, strays: Set[str]) -> bool:
+    """Whether a finding of opening a checkpoint is about what is written anew.
+
+    ``strays``: shards that the index does not name.
+    """
     is_index = found.where == INDEX or (found.where in strays and "does not name" in found.problem)
     return is_index or found.where == HF_QUANT_CONFIG
 
@@ -246,5 +249,5 @@ def _tell_index(draft: Draft, plan: Plan) -> None:
         said.append(f"total_size becomes {plan.tensors_nbytes}")
     if said:
         text = "; ".join(said)
-        what = text if index_of(plan) else f"{text}: with one shard there is none"
+        what = text if index_of(plan) else "is left out: with one shard there is none"
         draft.mends.append(Mend("index", INDEX, what))

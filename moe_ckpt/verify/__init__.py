@@ -42,6 +42,7 @@ def verify(
         EnvironmentFaultError: disk, memory or GPU failed.
     """
     from ..faults import environment_faults
+    from .config.agreement import check_keys
     from .structure.whole_model import check_whole_model
     from .subject import open_subject
 
@@ -49,6 +50,7 @@ def verify(
     with environment_faults():
         subject = open_subject(out_dir, findings)
         check_whole_model(subject, findings)
+        check_keys(subject, findings)
         check_parts(subject, findings, read_weights=True)
     if source is None:
         findings.skipped["source"] = "no --source was given"

@@ -105,6 +105,8 @@ def open_subject(
     config = opening.object_of(CONFIG, constants=True)
     if config is None and not (root / CONFIG).exists():
         opening.missing_config()
+    elif config == {}:
+        opening.empty_config()
     index, weight_map = opening.index()
     shards, tensors, lost = opening.shards(weight_map)
     source = Source(
@@ -195,6 +197,10 @@ class _Opening:
             "is missing" + ("; a conversion to this folder was not finished" if unfinished else ""),
             "no runtime takes the folder for a model",
         )
+
+    def empty_config(self) -> None:
+        """Report that config.json says nothing."""
+        self._add(CONFIG, "is empty", "no runtime takes the folder for a model")
 
     def index(self) -> tuple[dict[str, Any] | None, dict[str, str]]:
         """The index and its weight_map, of which only sound entries are kept."""

@@ -225,6 +225,15 @@ def test_config_json_says_which_layers_are_alike(config):
     assert [lack.where for lack in gone] == ["model.layers.3.self_attn.g_norm.weight"]
 
 
+def test_what_modules_compute_for_themselves_is_not_missed():
+    """Some layers are saved with their rotary frequencies."""
+    parts = (
+        ["self_attn.o_proj.weight"],
+        ["self_attn.o_proj.weight", "self_attn.rotary_emb.inv_freq"],
+    )
+    assert alternating({}, lambda n: parts[n != 3]) == []
+
+
 def test_what_fewer_layers_have_than_lack_is_not_missed():
     parts = ["self_attn.o_proj.weight"], ["self_attn.o_proj.weight", "self_attn.q.weight"]
     assert alternating({}, lambda n: parts[n == 3]) == []

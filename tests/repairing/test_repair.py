@@ -386,7 +386,9 @@ def test_what_cannot_be_mended_is_said_before_anything_is_written(tmp_path):
     assert f"{EXPERT}.down_proj.weight_scale" in done.stderr
     assert "--partial mends the rest" in done.stderr
     assert not (tmp_path / "out").exists()
-    assert run_here("repair", folder, tmp_path / "out", "--partial").returncode == 0
+    done = run_here("repair", folder, tmp_path / "out", "--partial", "-q")
+    assert done.returncode == 6
+    assert "is mended in part; this stays wrong" in done.stderr
     wrong = verify(tmp_path / "out").of_grade("error")
     assert {finding.where for finding in wrong} == {f"{EXPERT}.down_proj.weight_scale"}
 

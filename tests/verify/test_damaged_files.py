@@ -175,3 +175,10 @@ def test_files_that_are_not_written_yet_can_be_given(tmp_path):
     findings = Findings()
     check_parts(open_subject(out, findings, texts), findings)
     assert "is missing; the layer has 9 experts" in one(findings, f"{LAYER}.8.up_proj").problem
+
+
+def test_a_configuration_that_says_nothing_is_an_error(tmp_path):
+    folder = copy(NVFP4, tmp_path)
+    (folder / "config.json").write_text("{}")
+    found = [finding for finding in verify(folder).found if finding.problem == "is empty"]
+    assert [finding.where for finding in found] == ["config.json"]

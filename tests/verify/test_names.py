@@ -5,9 +5,12 @@ from __future__ import annotations
 import struct
 
 import pytest
-from kit.tampering import add, copy, edit_json, tensors_of, write_shard
+from kit.files import FIXTURES
+from kit.tampering import Tensor, add, copy, edit_json, tensors_of, write_shard
 from kit.verified import NVFP4, one
 
+import moe_ckpt
+from moe_ckpt.source.checkpoint import INDEX
 from moe_ckpt.verify import verify
 from moe_ckpt.verify.findings import ERROR, WARNING
 
@@ -99,3 +102,18 @@ def test_scales_of_a_kv_cache_in_every_place(tmp_path, place):
     path = folder / "model.safetensors"
     write_shard(path, {n: t for n, t in tensors_of(path).items() if n != missing})
     assert "is missing beside" in one(verify(folder), missing).problem
+
+
+def test_a_name_that_vllm_does_not_know_is_said_before_and_after(tmp_path):
+    """vLLM stops at what no module has, SGLang leaves it out; a plan knows that, too."""
+    source = copy(FIXTURES / "qwen3_moe" / "hub", tmp_path)
+    path = next(iter(sorted(source.glob("*.safetensors"))))
+    head = Tensor("BF16", (1, 64), bytes(range(128)))
+    write_shard(path, tensors_of(path) | {"value_head.weight": head})
+    (source / INDEX).unlink()
+    plan = moe_ckpt.make_plan(source, format="nvfp4")
+    assert plan.runtimes == ("SGLang", "TensorRT-LLM")
+    assert any("value_head.weight" in verdict.why_not for verdict in plan.verdicts)
+    moe_ckpt.convert(source, tmp_path / "out", format="nvfp4", device="cpu")
+    loads = [runtime.name for runtime in verify(tmp_path / "out").runtimes if runtime.loads]
+    assert loads == ["SGLang", "TensorRT-LLM"]

@@ -12,7 +12,7 @@ from kit.command import run_cli
 from kit.files import FIXTURES, write_headers
 from kit.stored_as import ENCODINGS, MXFP4, experts, fused, mxfp4, save
 from kit.tampering import copy, delete, float32, poke
-from kit.verified import LAYER, NVFP4, UP, but_mtp, converted, one
+from kit.verified import LAYER, NVFP4, UP, but_left_out, converted, one
 from kit.whole_plans import CASES
 
 import moe_ckpt
@@ -27,7 +27,7 @@ LLM_COMPRESSOR = FIXTURES / "qwen3_moe" / "llm-compressor-nvfp4a16"
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda p: f"{p.parent.name}-{p.name}")
 def test_exports_of_modelopt_are_clean(folder):
     findings = verify(folder)
-    assert but_mtp(findings) == []
+    assert but_left_out(findings) == []
     assert findings.counts["scales"] > 0
     assert findings.skipped.keys() == {"source"}
 
@@ -47,7 +47,7 @@ def test_conversions_are_clean_in_every_dialect(tmp_path, model, row, quantize, 
             continue
         made += 1
         findings = verify(out)
-        assert but_mtp(findings) == [], dialect.name
+        assert but_left_out(findings) == [], dialect.name
         assert row.name == "bf16" or findings.counts[f"matrices in {row.name}"]
     assert made
 

@@ -16,6 +16,7 @@ from moe_ckpt.dialects.matching import Built
 from moe_ckpt.dialects.read import read_config
 from moe_ckpt.formats import find_format
 from moe_ckpt.verify import verify
+from moe_ckpt.verify.findings import WARNING
 
 NVFP4 = FIXTURES / "qwen3_moe" / "modelopt-nvfp4"
 NVFP4_EXPERTS = FIXTURES / "qwen3_moe" / "modelopt-nvfp4-experts"
@@ -498,11 +499,35 @@ def test_what_runtimes_build_in_16_bits_need_not_be_listed(tmp_path):
         ("deepseek_v3/modelopt-fp8", "vLLM", ""),
     ],
 )
-def test_runtimes_that_load_it_and_compute_garbage_are_named(folder, runtime, garbage):
-    found = {of.name: of for of in verify(FIXTURES / folder).runtimes}
+def test_runtimes_that_load_it_and_compute_garbage_are_named(tmp_path, folder, runtime, garbage):
+    folder = copy(FIXTURES / folder, tmp_path)
+    keys = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
+    edit_json(folder / "config.json", lambda config: config.update(keys))
+    found = {of.name: of for of in verify(folder).runtimes}
     assert found[runtime].loads
     assert garbage in found[runtime].garbage
     assert bool(garbage) == bool(found[runtime].garbage)
+
+
+@pytest.mark.parametrize(
+    ("key", "stops"),
+    [
+        ("topk_method", {"vLLM", "SGLang"}),
+        ("first_k_dense_replace", {"vLLM", "SGLang"}),
+        ("moe_layer_freq", {"SGLang"}),
+    ],
+)
+def test_a_key_that_runtimes_ask_for_is_a_warning(tmp_path, key, stops):
+    """Our results have them; transformers leaves them out."""
+    source = FIXTURES / "deepseek_v3" / "source"
+    out = tmp_path / "out"
+    moe_ckpt.convert(source, out, format="nvfp4", device="cpu")
+    before = {of.name for of in verify(out).runtimes if of.loads}
+    edit_json(out / "config.json", lambda config: config.pop(key))
+    findings = verify(out)
+    told = [found for found in findings.found if f"lacks {key}," in found.problem]
+    assert [found.grade for found in told] == [WARNING]
+    assert before - {of.name for of in findings.runtimes if of.loads} == stops
 
 
 def test_a_scale_that_is_no_number_makes_garbage_of_it(tmp_path):

@@ -5,22 +5,37 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ...dialects.config import HF_QUANT_CONFIG
+from ...dialects.config import CONFIG, HF_QUANT_CONFIG
 from ...dialects.dialect import MODELOPT
 from ...dialects.modelopt.table import algorithm_named
 from ...dialects.reading import Reading
 from ...errors import show, show_some
+from ...layouts.config_keys import complete_config
 from ...planning.kv_cache import JOINED, KV_SCALES, other_scale
 from ..findings import WARNING, Findings
 from ..inventory import Inventory, expert_of
 from ..subject import Subject
 
-__all__ = ["check_kv_cache", "check_single_experts", "check_two_files"]
+__all__ = ["check_keys", "check_kv_cache", "check_single_experts", "check_two_files"]
 
 _JOINED = tuple(f".{place}{ending}" for place in JOINED for ending in KV_SCALES)
 _TWO_FILES = (
     "TensorRT-LLM goes by hf_quant_config.json, vLLM and SGLang by config.json: one is wrong"
 )
+
+
+def check_keys(subject: Subject, findings: Findings) -> None:
+    """Report keys of config.json that runtimes ask for, and that transformers leaves out."""
+    for key in complete_config(subject.config, subject.source.tensors.keys()).missing:
+        findings.add(
+            "config",
+            CONFIG,
+            f"lacks {key.name}, and {key.runtimes} for it",
+            "runtimes that ask for a key that is not there stop, or take another value than the "
+            "model was trained with; take it from the config.json of the release",
+            WARNING,
+            stops=key.stops,
+        )
 
 
 def check_two_files(subject: Subject, readings: Mapping[str, Reading], findings: Findings) -> None:

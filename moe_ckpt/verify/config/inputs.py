@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 from ...dialects.matching import Built, UndecidedError
 from ...dialects.reading import Reading
@@ -20,8 +20,9 @@ def check_inputs(
     inventory: Inventory, by_runtime: Mapping[str, Reading], findings: Findings
 ) -> None:
     """Report modules without an activation scale that runtimes take one of."""
+    told = {finding.where for finding in findings.found if finding.part == "structure"}
     for members in bare_modules(inventory, by_runtime):
-        if not _is_told_already([module.name for module in members], findings):
+        if not _is_told_already(members, told):
             _add_bare(members[0], len(members), findings)
 
 
@@ -59,9 +60,8 @@ def _read(reading: Reading, module: Built) -> str | None:
         return None
 
 
-def _is_told_already(members: Sequence[str], findings: Findings) -> bool:
-    told = {finding.where for finding in findings.found if finding.part == "structure"}
-    return any(where.startswith(f"{name}.input") for name in members for where in told)
+def _is_told_already(members: Sequence[Module], told: Set[str]) -> bool:
+    return any(f"{module.name}.{input_name_of(module.what)}" in told for module in members)
 
 
 def _add_bare(module: Module, count: int, findings: Findings) -> None:

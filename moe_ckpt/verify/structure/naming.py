@@ -15,7 +15,7 @@ from ...layouts.names import (
 )
 from ...layouts.sizes import model_type_of
 from ...layouts.wrappers import family_of_config
-from ...runtimes import RUNTIMES
+from ...runtimes import RUNTIMES, VLLM
 from ..findings import ERROR, WARNING, Findings
 from ..subject import Subject
 
@@ -33,7 +33,8 @@ def check_names(subject: Subject, findings: Findings) -> None:
     family = family_of_config(subject.config)
 
     def add(where: str, problem: str, effect: str = _UNKNOWN, grade: str = ERROR) -> None:
-        findings.add("structure", show(where), problem, effect, grade, stops=RUNTIMES)
+        stops = RUNTIMES if grade == ERROR else (VLLM,)
+        findings.add("structure", show(where), problem, effect, grade, stops=stops)
 
     def of(found: Sequence[str]) -> str:
         return f"({len(found)} tensors: {show_some(found)})"
@@ -62,12 +63,10 @@ def check_names(subject: Subject, findings: Findings) -> None:
             "runtimes stop at the name that they do not know, or load both, and what they read "
             "last counts",
         )
-    if subject.is_ours:
-        return  # no runtime was said to load it
     known = {*adapters, *wrapped, *computed, *(name for name, _ in twice)}
     unread = [name for name in unread_names(family, names) if name not in known]
     moved = [name for name in unread if root_of(name) is not None]
-    if moved:
+    if moved and not subject.is_ours:  # a conversion may have been told the layout
         right = " or ".join(f"{root}layers" for root in family.roots)
         add(
             moved[0],
@@ -79,6 +78,6 @@ def check_names(subject: Subject, findings: Findings) -> None:
         add(
             rest[0],
             f"is no name that runtimes of {family.name} are known to read {of(rest)}",
-            "some runtimes stop at it, others leave it out",
+            "vLLM stops at a name that it does not know, others leave it out",
             WARNING,
         )

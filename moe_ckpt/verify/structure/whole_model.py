@@ -45,6 +45,5 @@ def check_whole_model(subject: Subject, findings: Findings) -> None:
             continue
         grade = WARNING if is_partial or lack.kind == MTP else ERROR
         effect = _NOT_DRAFTED if lack.kind == MTP else _NOT_NOTICED
-        findings.add(
-            "structure", lack.where, lack.problem, effect, grade, harms=_SILENT, stops=(TRTLLM,)
-        )
+        told = {"harms": _SILENT, "stops": (TRTLLM,)} if grade == ERROR else {}
+        findings.add("structure", lack.where, lack.problem, effect, grade, **told)

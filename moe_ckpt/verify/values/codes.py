@@ -19,6 +19,7 @@ from .windows import Bad
 __all__ = ["lost_blocks", "nonzero_codes"]
 
 _CHUNK_NBYTES = 1 << 22
+_FIRST_NBYTES = 1 << 16  # nearly every matrix has another code there
 # The bits of a code that are not its sign; integers of 4 bits are stored with 8 added.
 _MAGNITUDE = {"U8": 0x77, "F8_E4M3": 0x7F}
 _PACKED_ZEROS = 0x88
@@ -28,8 +29,10 @@ def nonzero_codes(reader: SourceReader, module: Module, most: int) -> int:
     """How many weights of a matrix are not 0; ``most`` + 1 if they are more."""
     part, info = module.parts[0]
     found = 0
-    for start in range(0, info.nbytes, _CHUNK_NBYTES):
-        raw = _read(reader, info, start, min(_CHUNK_NBYTES, info.nbytes - start))
+    start, step = 0, _FIRST_NBYTES
+    while start < info.nbytes:
+        raw = _read(reader, info, start, min(step, info.nbytes - start))
+        start, step = start + step, _CHUNK_NBYTES
         codes = _magnitudes(raw, part.dtype)
         if part.columns > 1:  # two in a byte
             found += int(np.count_nonzero(codes & 0x0F) + np.count_nonzero(codes & 0xF0))
