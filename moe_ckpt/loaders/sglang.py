@@ -106,7 +106,7 @@ SGLANG_LOADER = Loader(
             in_mixes=True,
         ),
         Limit("it leaves the experts unread", ("afmoe",)),
-        Limit("it asks config.json for layers_block_type", ("granitemoehybrid",)),
+        Limit("it takes transformers' class, whose layers have other names", ("granitemoehybrid",)),
         Limit(
             "it builds the output head quantized, whatever the list says",
             ("mistral4",),
