@@ -240,7 +240,7 @@ FAMILIES: tuple[Family, ...] = (
         name="hy_v4",
         model_types=("hy_v4",),
         not_restorable=(".attn_hc.", ".ffn_hc.", ".self_attn.sinks", "model.hc_head."),
-        runtimes=SERVERS,
+        runtimes=(VLLM,),
     ),
     Family(
         name="axk1",
@@ -291,12 +291,21 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="mixtral",
-        model_types=("mixtral", "minimax", "minimax_m2"),
+        model_types=("mixtral", "minimax_m2"),
         in_tensorrt_llm=("mixtral", "minimax_m2"),
         split="block_sparse_moe.experts",
         projections=W1_W3_W2,
         renames=(("mlp.", "block_sparse_moe."),),
         checked="export",
+    ),
+    Family(
+        name="minimax",
+        model_types=("minimax",),
+        split="block_sparse_moe.experts",
+        projections=W1_W3_W2,
+        renames=(("mlp.", "block_sparse_moe."),),
+        runtimes=(TRANSFORMERS,),
+        instead="vLLM and SGLang have no class for it any more, and do not take transformers'",
     ),
     Family(
         name="phimoe",
