@@ -61,6 +61,7 @@ def claims_of(source, stats, case):
 
 
 @pytest.mark.parametrize("model", sorted(CASES))
+@pytest.mark.slow
 def test_claims_are_what_the_loaders_did(tmp_path, model):
     source = source_of(tmp_path / "in", model)
     stats = tmp_path / "stats.json"

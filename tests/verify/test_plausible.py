@@ -170,6 +170,7 @@ FORMATS = [
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.slow
 def test_a_source_matrix_of_zeros_is_named(tmp_path, name):
     source, out = source_with(tmp_path, lambda weight: weight.zero_()), tmp_path / "out"
     args = ("--stats", WIDE / "stats.json") if name in ("nvfp4", "fp8-tensor") else ()
@@ -187,6 +188,7 @@ def test_a_source_matrix_of_zeros_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "fp8-tensor"])
+@pytest.mark.slow
 def test_a_result_that_an_outlier_turned_to_zeros_is_named(tmp_path, name):
     def change(weight):
         weight[3, 5] = 1e7

@@ -61,6 +61,7 @@ def limited(limits, *args):
     return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
 
 
+@pytest.mark.slow
 def test_few_files_are_open_at_once(tmp_path):
     """A shard for each tensor: the limit is for libraries and the output as well."""
     source, weight_map = tmp_path / "in", {}
@@ -84,6 +85,7 @@ def test_few_files_are_open_at_once(tmp_path):
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 24
 
 
+@pytest.mark.slow
 def test_without_threads_it_says_so(tmp_path):
     """A stack that no address space holds is refused as a thread too many is, to root as well."""
     if resource.getrlimit(resource.RLIMIT_STACK)[1] != resource.RLIM_INFINITY:
