@@ -13,14 +13,12 @@ from .engines import Backend
 from .errors import OutputRefusedError, Problems, show
 from .faults import environment_faults
 from .layouts import Detection, Given, detect
+from .layouts.opening import open_released
 from .layouts.places import expert_modules, place_of_experts, place_of_linears
 from .layouts.roles import is_matrix, module_of
-from .layouts.strays import with_mtp_shards
-from .layouts.unwrapping import unwrap
 from .limits import Limits
 from .output.durable import publish, replace, write_new
 from .planning.amax_file import amax_text, source_digest
-from .source.checkpoint import open_source
 from .source.stored import Place
 from .source.weights import Weights, weights_of
 from .work.batches import Batch, batches, budget_for
@@ -66,7 +64,7 @@ def scan(
     """
     path = Path(out_file)
     _check_out_file(path, Path(in_dir), overwrite=overwrite)
-    source = unwrap(with_mtp_shards(open_source(in_dir))).source
+    source = open_released(in_dir).source
     weights = weights_of(source)
     found = detect(weights.tensors, source.config, Given(layout, gate_up_order))
     places = list(_places(weights, found))

@@ -107,19 +107,31 @@ def set_aside(name: str, stacks: Set[str], num_layers: int | None) -> Aside | No
     for depth, component in enumerate(path, 1):
         if component in _SET_ASIDE:
             return Aside(".".join(path[:depth]), _SET_ASIDE[component])
-    layer = _LAYER.match(name)
-    if layer and num_layers is not None and layer[1] in stacks and int(layer[2]) >= num_layers:
-        return Aside(f"{layer[1]}.{layer[2]}", _MTP)
-    return None
+    layer = _layer_beyond(name, stacks, num_layers)
+    return Aside(layer, _MTP) if layer else None
 
 
-def is_multi_token(name: str) -> bool:
-    """Whether a name, whatever its layer, is of multi-token prediction.
+def is_multi_token(
+    name: str, stacks: Set[str] = frozenset(), num_layers: int | None = None
+) -> bool:
+    """Whether a name is of multi-token prediction; whatever its layer, without the last two.
 
     >>> is_multi_token("model.mtp.layers.0.enorm.weight"), is_multi_token("model.layers.61.enorm")
     (True, False)
+    >>> is_multi_token("model.layers.61.enorm.weight", {"model.layers"}, 61)
+    True
     """
+    if _layer_beyond(name, stacks, num_layers):
+        return True
     return any(_SET_ASIDE.get(component) == _MTP for component in name.split("."))
+
+
+def _layer_beyond(name: str, stacks: Set[str], num_layers: int | None) -> str:
+    """The layer of a name, if it comes after the ordinary ones; '' if not."""
+    layer = _LAYER.match(name)
+    if layer and num_layers is not None and layer[1] in stacks and int(layer[2]) >= num_layers:
+        return f"{layer[1]}.{layer[2]}"
+    return ""
 
 
 def reason_to_keep(module: str) -> str | None:

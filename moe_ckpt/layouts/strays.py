@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Set
 from dataclasses import replace
 
 from ..errors import CheckpointError, show_some
@@ -14,8 +12,6 @@ from .roles import is_multi_token
 from .sizes import num_hidden_layers
 
 __all__ = ["with_mtp_shards"]
-
-_LAYER = re.compile(r"(.+?)\.([0-9]{1,9})\.")
 
 
 def with_mtp_shards(source: Source) -> Source:
@@ -37,7 +33,7 @@ def with_mtp_shards(source: Source) -> Source:
         except CheckpointError:
             continue  # it is left out, whatever it is
         new = [info for info in infos if info.name not in tensors]
-        of_mtp = [info.name for info in new if _is_mtp(info.name, stacks, num_layers)]
+        of_mtp = [info.name for info in new if is_multi_token(info.name, stacks, num_layers)]
         if len(of_mtp) == len(infos) and infos:
             shards[name] = shard
             tensors |= {info.name: info for info in infos}
@@ -59,9 +55,3 @@ def with_mtp_shards(source: Source) -> Source:
         left_out=tuple(name for name in source.left_out if name not in taken),
         warnings=(*source.warnings, note),
     )
-
-
-def _is_mtp(name: str, stacks: Set[str], num_layers: int | None) -> bool:
-    layer = _LAYER.match(name)
-    beyond = layer and num_layers is not None and layer[1] in stacks and int(layer[2]) >= num_layers
-    return bool(beyond) or is_multi_token(name)

@@ -16,7 +16,7 @@ from .family import Family
 from .sizes import model_type_of
 from .table import find_family
 
-__all__ = ["TEXT_CONFIGS", "WRAPPERS", "Wrapper", "family_of_config"]
+__all__ = ["TEXT_CONFIGS", "WRAPPERS", "Wrapper", "family_of_config", "text_types_of"]
 
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 
@@ -65,11 +65,17 @@ def family_of_config(config: Mapping[str, Any]) -> Family | None:
         return _as_saved(family, config)
     if wrapper is None:
         return None
-    parts = (config.get(key) for key in TEXT_CONFIGS)
-    named = (model_type_of(part) for part in parts if isinstance(part, dict))
+    named = text_types_of(config)
     found = ((name, family) for name in named if (family := find_family(name)) is not None)
     name, family = next(found, ("", None))
     return None if family is None else _within(wrapper, family, model_type or name)
+
+
+def text_types_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The model types of the text models that a config.json holds."""
+    parts = (config.get(key) for key in TEXT_CONFIGS)
+    found = (model_type_of(part) for part in parts if isinstance(part, dict))
+    return tuple(name for name in found if name)
 
 
 def _as_saved(family: Family, config: Mapping[str, Any]) -> Family:

@@ -14,7 +14,7 @@ from ..formats import UNQUANTIZED, find_format
 from ..layouts.family import Family
 from ..layouts.table import UNSUPPORTED
 from ..runtimes import TRANSFORMERS
-from .loader import FUSED, Loader, Verdict, Written
+from .loader import Loader, Verdict, Written
 from .sglang import SGLANG_LOADER
 from .tensorrt_llm import TENSORRT_LLM_LOADER
 from .transformers import TRANSFORMERS_LOADER
@@ -96,7 +96,7 @@ def _of_family(runtime: str, written: Written) -> str:
         )
     if runtime == TRANSFORMERS and family.renamed_in_transformers and written.method:
         return f"it names linear layers of {model_type} otherwise, and reads it unquantized only"
-    if written.form == FUSED:
+    if written.is_fused:
         return _of_fused(runtime, family, written)
     if runtime in family.split_runtimes(model_type):
         return ""

@@ -10,17 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..formats import UNQUANTIZED
 from ..layouts.family import Family
-from ..layouts.sizes import model_type_of
-from ..layouts.wrappers import TEXT_CONFIGS
 
-__all__ = ["FUSED", "SPLIT", "Limit", "Loader", "Plain", "Verdict", "Written"]
-__all__ += ["text_types_of"]
-
-SPLIT, FUSED = "split", "fused"
+__all__ = ["Limit", "Loader", "Plain", "Verdict", "Written"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +23,18 @@ class Written:
     """What is written, as far as a loader looks at it.
 
     ``text_types``: the model types of text models in it. ``family``: the row of the model, None if
-    there is none.
-    ``method`` is the ``quant_method``, "" if nothing is said of quantization. ``form`` is `SPLIT`
-    or `FUSED`. ``experts``: the formats of routed experts. ``linears``: format -> linear layers
-    that are quantized to it. ``kept``: those that are not. ``dtypes``: (format, role) -> the dtype
-    of such parts where it is not the format's own. ``unread``: names that no runtime is known to
-    read.
+    there is none. ``method`` is the ``quant_method``, "" if nothing is said of quantization.
+    ``is_fused``: whether the experts of a layer are in one tensor. ``experts``: the formats of
+    routed experts. ``linears``: format -> linear layers that are quantized to it. ``kept``: those
+    that are not. ``dtypes``: (format, role) -> the dtype of such parts where it is not the
+    format's own. ``unread``: names that no runtime is known to read.
     """
 
     model_type: str
     text_types: tuple[str, ...]
     family: Family | None
     method: str
-    form: str
+    is_fused: bool
     experts: tuple[str, ...]
     linears: Mapping[str, Sequence[str]]
     kept: Sequence[str] = ()
@@ -171,10 +165,3 @@ def _is_at(row: Plain | Limit, model_types: Sequence[str], method: str, format_n
         and (not row.methods or method in row.methods)
         and (not row.formats or format_name in row.formats)
     )
-
-
-def text_types_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The model types of the text models that a config.json holds."""
-    parts = (config.get(key) for key in TEXT_CONFIGS)
-    found = (model_type_of(part) for part in parts if isinstance(part, dict))
-    return tuple(name for name in found if name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..dialects.dialect import COMPRESSED_TENSORS, FP8, MODELOPT
 from ..formats import FORMATS
 from ..runtimes import SGLANG
-from .everywhere import PLAIN_EVERYWHERE, ROUTER
+from .everywhere import PLAIN_EVERYWHERE, PLAIN_ROUTERS, ROUTER
 from .loader import Limit, Loader, Plain
 
 __all__ = ["SGLANG_LOADER"]
@@ -19,13 +19,6 @@ _ANY = (MODELOPT, COMPRESSED_TENSORS, FP8)
 _Q_A = r"\.self_attn(\.\d+)?\.q_a_proj$"
 _MLA = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm_moe_dsa", "glm4_moe_lite")
 _IN_MIXES = "of several formats, it wants the scales of MXFP8 as weight_scale_inv"
-_PLAIN_ROUTERS = (
-    *("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "glm_moe_dsa"),
-    "deepseek_v4",
-    *("cohere2_moe", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "hy_v3", "laguna", "lfm2_moe"),
-    *("granitemoe", "granitemoeshared", "granitemoe_swa", "mellum", "minimax_m2", "mixtral"),
-    *("olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next"),
-)
 
 SGLANG_LOADER = Loader(
     SGLANG,
@@ -33,7 +26,7 @@ SGLANG_LOADER = Loader(
     is_run=True,
     plain=(
         *PLAIN_EVERYWHERE,
-        Plain(_PLAIN_ROUTERS, ROUTER),
+        Plain((*PLAIN_ROUTERS, "laguna", "lfm2_moe", "qwen3_moe"), ROUTER),
         Plain(("qwen3_next",), r"\.self_attn\.", (MODELOPT,), _NVFP4),
     ),
     limits=(

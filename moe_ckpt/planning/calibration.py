@@ -129,12 +129,15 @@ class Calibration:
             found.append(f"no statistics, and so input scale 1.0: {show_some(self.constant)}")
         modules = {module_of(name) for name in tensors}
         fused = {name for name in tensors if not name.endswith(".weight")}
-        known = self._known | modules | fused | {*self._names_of_experts()}
-        unknown = [path for name, path in self.stats.paths.items() if name not in known]
+        known = self._known | modules | fused
+        unknown = {name: path for name, path in self.stats.paths.items() if name not in known}
+        if unknown:  # there are many names that experts may have
+            experts = {*self._names_of_experts()}
+            unknown = {name: path for name, path in unknown.items() if name not in experts}
         if unknown:
             found.append(
                 f"statistics of modules that this model does not have were ignored: "
-                f"{show_some(unknown)}"
+                f"{show_some(unknown.values())}"
             )
         return tuple(found)
 

@@ -19,9 +19,10 @@ from ..errors import LayoutError, Problems, RecipeError, show
 from ..formats import UNQUANTIZED, find_format
 from ..layouts.names import unread_names
 from ..layouts.roles import amax_groups
+from ..layouts.wrappers import text_types_of
 from ..limits import parse_size
 from ..loaders.judge import verdicts_on
-from ..loaders.loader import Written, text_types_of
+from ..loaders.loader import Written
 from ..plan import OutShard, Plan
 from ..source.checkpoint import RECIPE_FILE
 from ..source.stored import Encoded
@@ -75,7 +76,7 @@ class _Planner:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.form, self.asked, self.changes = task.form, task.asked, task.changes
+        self.form, self.asked = task.form, task.asked
         self.source, self.weights, self.detection = task.source, task.weights, task.detection
         self.recipe, self.dialect = task.recipe, task.dialect
         self.problems = Problems()
@@ -87,7 +88,7 @@ class _Planner:
         kv_cache = self.asked.kv_cache == "fp8"
         if stats and (kv_cache or any(find_format(f).input_scale for f in self.recipe.formats)):
             calibration = Calibration(
-                stats, detection, self.asked.missing_stats == "constant", self.changes
+                stats, detection, self.asked.missing_stats == "constant", self.task.changes
             )
         wishes = formats_of_experts(detection, self.recipe, problems)
         choice = choose(
@@ -225,7 +226,7 @@ class _Planner:
             text_types=text_types_of(self.source.config),
             family=self.detection.family,
             method="" if is_plain else self.dialect.name,
-            form=self.form,
+            is_fused=self.form == "fused",
             experts=tuple(dict.fromkeys(assigned.experts)),
             linears={name: made.linears[name] for name in made.linears if name != UNQUANTIZED},
             kept=made.kept,

@@ -13,9 +13,9 @@ from ..formats import find_format
 from ..layouts import Detection, Given, detect
 from ..layouts.config_keys import CompletedConfig, complete_config
 from ..layouts.missing import Lack, what_is_missing
-from ..layouts.strays import with_mtp_shards
-from ..layouts.unwrapping import Changes, unwrap, without_wrappers
-from ..source.checkpoint import Source, open_source
+from ..layouts.opening import open_released
+from ..layouts.unwrapping import Changes, without_wrappers
+from ..source.checkpoint import Source
 from ..source.weights import Weights, weights_of
 from .amax_file import read_amax
 from .expert_form import form_of_experts
@@ -69,7 +69,7 @@ def read_task(
     """
     recipe = asked.read_recipe()
     dialect = dialect_for(recipe.formats, asked.dialect)
-    unwrapped = unwrap(with_mtp_shards(open_source(in_dir)))
+    unwrapped = open_released(in_dir)
     source = unwrapped.source
     weights = weights_of(source)
     _refuse_without_stats(recipe, weights, asked.stats_files)

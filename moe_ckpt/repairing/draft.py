@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,11 +10,9 @@ import numpy as np
 
 from ..formats import find_format
 from ..source.headers import TensorInfo
-from ..source.items import DTYPES, numbers
-from ..source.stored import Read
 from ..verify.inventory import Inventory, Module
 from ..verify.subject import Subject
-from ..work.reader import SourceReader
+from ..verify.values.windows import look_at
 
 __all__ = ["KINDS", "Added", "Draft", "Mend", "Shared", "draft_of"]
 
@@ -108,26 +106,10 @@ def draft_of(subject: Subject, inventory: Inventory) -> Draft:
         for part, info in module.parts
         if part.is_scalar and len(module.shape) == 2 and info.dtype in ("F32", "BF16", "F16")
     ]
-    return Draft(subject, inventory, _values(subject, wanted))
+    return Draft(subject, inventory, look_at(subject.source.shards.values(), wanted).values)
 
 
 def is_nvfp4(module: Module) -> bool:
     """Whether a matrix is in NVFP4, and whole."""
     has_all = module.tensor("global_scale") is not None and len(module.shape) == 2
     return has_all and find_format(module.format).weights == "nvfp4"
-
-
-def _values(subject: Subject, infos: Iterable[TensorInfo]) -> dict[str, float]:
-    """The first number of each of these tensors."""
-    reader = SourceReader(subject.source.shards.values())
-    found: dict[str, float] = {}
-    try:
-        for info in infos:
-            item = np.empty(1, DTYPES[info.dtype])
-            raw = item.view(np.uint8)
-            reader.read(Read(info.shard, info.offset, raw.nbytes), 0, raw.data)
-            found[info.name] = float(numbers(item, info.dtype)[0])
-        reader.check_unchanged()
-    finally:
-        reader.close()
-    return found

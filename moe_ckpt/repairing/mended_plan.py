@@ -202,8 +202,6 @@ def _plan(subject: Subject, outlook: Subject, shards: tuple[OutShard, ...], aske
         subject.source,
         side_files=side_files_of(subject.root, set(subject.source.shards)),
     )
-    origin = origin_of(asked, source)
-    kinds = {"--repair": "yes"}
     return Plan(
         root=subject.root,
         model_type=model_type_of(subject.config),
@@ -224,7 +222,7 @@ def _plan(subject: Subject, outlook: Subject, shards: tuple[OutShard, ...], aske
         stats_covered=0,
         notes=(),
         warnings_by_kind={},
-        origin=replace(origin, options=kinds),
+        origin=replace(origin_of(asked, source), options={"--repair": "yes"}),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Subject:
         """Whether a conversion of ours wrote it."""
         return self.journal is not None
 
-    @property
+    @cached_property
     def unread(self) -> tuple[tuple[str, str], ...]:
         """What is said of ways to quantize that are not read here, and where.
 

@@ -13,8 +13,8 @@ from ...errors import show, show_some
 from ...formats import UNQUANTIZED, find_format
 from ...layouts.roles import reason_to_keep
 from ...layouts.sizes import model_type_of
+from ...layouts.wrappers import text_types_of
 from ...loaders.judge import LOADERS
-from ...loaders.loader import text_types_of
 from ...runtimes import RUNTIMES, SGLANG, TRANSFORMERS, TRTLLM, VLLM
 from ..findings import Findings, Runtime
 from ..inventory import Inventory, Module

@@ -5,12 +5,15 @@ Whether this one is sound is not asked here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
+
 from ...errors import show
 from ...formats import find_format
 from ...layouts.sizes import model_type_of
-from ...layouts.wrappers import family_of_config
+from ...layouts.wrappers import family_of_config, text_types_of
 from ...loaders.judge import LOADERS, verdicts_on
-from ...loaders.loader import FUSED, SPLIT, Written, text_types_of
+from ...loaders.loader import Written
 from ...source.encodings import ENCODINGS
 from ..findings import Findings, Runtime
 from ..inventory import Inventory, Module
@@ -36,13 +39,12 @@ def _written(subject: Subject, inventory: Inventory) -> Written:
             linears.setdefault(module.format, []).append(name)
         else:
             kept.append(name)
-    is_fused = any(found.stacked for found in inventory.experts.values())
     return Written(
         model_type=model_type_of(subject.config),
         text_types=text_types_of(subject.config),
         family=family_of_config(subject.config),
         method=subject.method,
-        form=FUSED if is_fused else SPLIT,
+        is_fused=any(found.stacked for found in inventory.experts.values()),
         experts=tuple(experts),
         linears=linears,
         kept=kept,
@@ -54,7 +56,7 @@ def check_recast(inventory: Inventory, findings: Findings) -> None:
     """Report scales whose bits mean something else in the dtype that runtimes hold."""
     wrong: dict[tuple[str, str], list[str]] = {}
     for module in inventory.quantized:
-        wanted = _dtypes_of(module)
+        wanted = _dtypes_held(module.format, module.what)
         for part, info in module.parts:
             pair = (wanted.get(part.role, ""), info.dtype)
             if any(pair in loader.converts for loader in LOADERS):
@@ -73,7 +75,7 @@ def check_recast(inventory: Inventory, findings: Findings) -> None:
 
 def _other_dtypes(module: Module) -> list[tuple[tuple[str, str], str]]:
     """The parts of a matrix that are not in the dtype of its format."""
-    wanted = _dtypes_of(module)
+    wanted = _dtypes_held(module.format, module.what)
     return [
         ((module.format, part.role), info.dtype)
         for part, info in module.parts
@@ -81,10 +83,11 @@ def _other_dtypes(module: Module) -> list[tuple[tuple[str, str], str]]:
     ]
 
 
-def _dtypes_of(module: Module) -> dict[str, str]:
-    """Role -> the dtype in which runtimes hold that part of a matrix."""
-    wanted = {part.role: part.dtype for part in find_format(module.format).parts}
-    named = next((of for of in ENCODINGS if of.name == module.what), None)
+@cache
+def _dtypes_held(format_name: str, what: str) -> Mapping[str, str]:
+    """Role -> the dtype in which runtimes hold that part of matrices that are stored so."""
+    wanted = {part.role: part.dtype for part in find_format(format_name).parts}
+    named = next((of for of in ENCODINGS if of.name == what), None)
     for scale in named.scales if named else ():
         if scale.dtypes[0] == "F8_E8M0":
             wanted[scale.role] = scale.dtypes[0]

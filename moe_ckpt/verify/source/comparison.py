@@ -16,10 +16,8 @@ from typing import TypeVar
 from ...engines import Backend
 from ...faults import environment_faults
 from ...layouts import Given, detect
-from ...layouts.strays import with_mtp_shards
-from ...layouts.unwrapping import unwrap
+from ...layouts.opening import open_released
 from ...limits import Limits
-from ...source.checkpoint import open_source
 from ...source.headers import Shard
 from ...source.weights import weights_of
 from ...work.batches import Budget, budget_for, gathered_nbytes
@@ -65,7 +63,7 @@ def against_source(
         InputError: the source cannot be read.
         EnvironmentFaultError: disk, memory or GPU failed.
     """
-    source = unwrap(with_mtp_shards(open_source(source_dir))).source
+    source = open_released(source_dir).source
     weights = weights_of(source)
     detection = detect(weights.tensors, source.config, _given(subject))
     with environment_faults():

@@ -196,16 +196,20 @@ def _check_weights(
     for one in pool:
         if show(one.where) in told:  # it is not that of the matrix that shares it
             continue
-        name, others = show(one.where), f"{usual:.3g} in half of all in {one.format.name}"
-        problem = (
-            f"is {_stored(one)}, so that {_of(one)} decode to {one.usual:.3g}; that is {others}"
-        )
         if one.usual > min(max(most_of_one, _LIKE_SISTERS * usual), times * usual):
             if not _report_empty(reader, one, findings):
-                problem += _fits(one, usual)
-                findings.add("scales", name, problem, _TOO_LARGE, grade, harms=RUNTIMES)
+                problem = _unlike(one, usual)
+                findings.add("scales", show(one.where), problem, _TOO_LARGE, grade, harms=RUNTIMES)
         elif one.usual < usual / times:
-            findings.add("scales", name, problem + _fits(one, usual), _UNLIKE, WARNING)
+            findings.add("scales", show(one.where), _unlike(one, usual), _UNLIKE, WARNING)
+
+
+def _unlike(one: _Measured, usual: float) -> str:
+    """How a matrix differs from the others of its format."""
+    return (
+        f"is {_stored(one)}, so that {_of(one)} decode to {one.usual:.3g}; that is {usual:.3g} in "
+        f"half of all in {one.format.name}{_fits(one, usual)}"
+    )
 
 
 def _of(found: _Measured) -> str:
@@ -297,13 +301,16 @@ def _check_inputs(inputs: Sequence[_Input], findings: Findings, grade: str) -> N
             continue
         times = _RARE_INPUTS if projection in _AFTER_NORM else _TIMES_INPUTS
         for one in pool:
+            is_wrong = one.amax > min(_MOST_OF_ONE_INPUT, times * usual)
+            if not (is_wrong or one.amax > _RARE_INPUTS * usual):
+                continue
             problem = (
                 f"is {one.stored:.6g}, which stands for activations of up to {one.amax:.3g}; that "
                 f"is {usual:.3g} in half of all of {show(projection)}"
             )
-            if one.amax > min(_MOST_OF_ONE_INPUT, times * usual):
+            if is_wrong:
                 findings.add("scales", show(one.name), problem, _INPUTS, grade, harms=RUNTIMES)
-            elif one.amax > _RARE_INPUTS * usual:
+            else:
                 findings.add("scales", show(one.name), problem, _RARE, WARNING)
 
 
